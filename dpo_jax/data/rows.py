@@ -1,0 +1,152 @@
+"""Prefix-shared rows: a prompt and its responses, laid out once.
+
+A group is a prompt and its K responses. A pair is written
+
+    reversed rejected | prompt | chosen
+
+so that what a token may attend to is one interval of slots, `lo <= s < hi`.
+Literal example, prompt `p1 p2 p3`, chosen `c1 c2 E`, rejected `r1 E`:
+
+    slot        0    1    2    3    4    5    6    7
+    token       E    r1   p1   p2   p3   c1   c2   E
+    position    4    3    0    1    2    3    4    5
+    lo          0    1    2    2    2    2    2    2
+    hi          5    5    3    4    5    6    7    8
+
+K = 1 is `prompt | response`; K > 2 writes ceil(K / 2) such blocks. Only
+response tokens are scored; each scored token has `source` (the slot whose
+hidden state predicts it), `target` and `slot` (which response of the row):
+above 4->c1, 5->c2, 6->E in slot 0 and 4->r1, 1->E in slot 1. Group g of a row
+owns slots gK .. gK+K-1.
+
+Dimension key: R rows, T slots, S scored tokens per row, G groups per row, K
+responses per group.
+"""
+
+import numpy as np
+
+
+def slots_needed(group):
+  """Token slots a group takes in a row."""
+  blocks = (len(group.responses) + 1) // 2
+  return blocks * len(group.prompt) + scored_tokens(group)
+
+
+def scored_tokens(group):
+  """Response tokens of a group, over all its responses."""
+  return sum(len(r) for r in group.responses)
+
+
+def assign(slots, scored, *, row_length, row_scored, rows=0):
+  """Packs groups into rows by best fit, longest first.
+
+  Args:
+    slots: slots of each group.
+    scored: scored tokens of each group.
+    row_length: T, slots of a row.
+    row_scored: S, scored tokens of a row.
+    rows: rows to start with; more are opened when nothing fits.
+
+  Returns:
+    One list of group numbers a row, in the order given by packing.
+  """
+  free_slots = [row_length] * rows
+  free_scored = [row_scored] * rows
+  members = [[] for _ in range(rows)]
+  for g in sorted(range(len(slots)), key=lambda g: (-slots[g], g)):
+    best, best_free = -1, row_length + 1
+    for r, free in enumerate(free_slots):
+      if slots[g] <= free < best_free and scored[g] <= free_scored[r]:
+        best, best_free = r, free
+    if best < 0:
+      if slots[g] > row_length or scored[g] > row_scored:
+        raise ValueError(
+            f'a group needs {slots[g]} slots ({scored[g]} scored) but a row'
+            f' has {row_length} ({row_scored} scored); raise data.row_length'
+            ' or lower data.max_prompt_tokens or data.max_response_tokens'
+        )
+      best = len(members)
+      free_slots.append(row_length)
+      free_scored.append(row_scored)
+      members.append([])
+    free_slots[best] -= slots[g]
+    free_scored[best] -= scored[g]
+    members[best].append(g)
+  return members
+
+
+def _write_block(row, start, prompt, right, left):
+  """Writes `reversed left | prompt | right`; returns slot numbers of each."""
+  P, m, n = len(prompt), len(left), len(right)
+  middle = start + m
+  end = middle + P + n
+  left_slots = np.arange(middle - 1, start - 1, -1)
+  right_slots = np.arange(middle + P, end)
+  row['tokens'][left_slots] = left
+  row['tokens'][middle : middle + P] = prompt
+  row['tokens'][right_slots] = right
+  row['positions'][left_slots] = np.arange(P, P + m)
+  row['positions'][middle:end] = np.arange(P + n)
+  row['lo'][left_slots] = left_slots
+  row['hi'][left_slots] = middle + P
+  row['lo'][middle:end] = middle
+  row['hi'][middle:end] = np.arange(middle, end) + 1
+  return left_slots, middle + P - 1, right_slots
+
+
+def fill(groups, members, *, row_length, row_scored, row_groups, responses):
+  """Lays groups out.
+
+  Args:
+    groups: list of `examples.Group`.
+    members: for each row, numbers into `groups` (see `assign`).
+    row_length: T.
+    row_scored: S.
+    row_groups: G.
+    responses: K, the same for every group.
+
+  Returns:
+    Dict of numpy arrays: `tokens positions lo hi` int32 [R, T]; `source
+    target slot` int32 [R, S] (padding: slot -1, source and target 0);
+    `weight p` float32 and `mask` bool [R, G]; `group` int32 [R, G] (number
+    into `groups`, padding -1). Padding slots hold token 0 and attend to
+    themselves.
+  """
+  R, T, S, G, K = len(members), row_length, row_scored, row_groups, responses
+  itself = np.tile(np.arange(T, dtype=np.int32), (R, 1))
+  batch = {
+      'tokens': np.zeros((R, T), np.int32),
+      'positions': np.zeros((R, T), np.int32),
+      'lo': itself,
+      'hi': itself + 1,
+      'source': np.zeros((R, S), np.int32),
+      'target': np.zeros((R, S), np.int32),
+      'slot': np.full((R, S), -1, np.int32),
+      'weight': np.zeros((R, G), np.float32),
+      'p': np.ones((R, G), np.float32),
+      'mask': np.zeros((R, G), bool),
+      'group': np.full((R, G), -1, np.int32),
+  }
+  for r, numbers in enumerate(members):
+    row = {name: array[r] for name, array in batch.items()}
+    start = scored = 0
+    for g, number in enumerate(numbers):
+      group = groups[number]
+      row['weight'][g], row['p'][g] = group.weight, group.p
+      row['mask'][g], row['group'][g] = True, number
+      for k in range(0, K, 2):
+        right = group.responses[k]
+        left = group.responses[k + 1] if k + 1 < K else right[:0]
+        left_slots, last, right_slots = _write_block(
+            row, start, group.prompt, right, left
+        )
+        start += len(left) + len(group.prompt) + len(right)
+        for i, slots in [(k, right_slots), (k + 1, left_slots)]:
+          if not len(slots):
+            continue
+          span = slice(scored, scored + len(slots))
+          row['source'][span] = np.concatenate([[last], slots[:-1]])
+          row['target'][span] = group.responses[i]
+          row['slot'][span] = g * K + i
+          scored += len(slots)
+  return batch

@@ -1,0 +1,145 @@
+"""Log-probabilities of tokens without ever holding [tokens, vocabulary].
+
+Hidden states are gathered at scored positions, then pass through the
+unembedding in chunks; the backward pass recomputes each chunk's logits from
+the saved log-normalizer. Everything here is float32 from the logits on.
+
+Dimension key: R rows, T slots, S scored tokens per row, D model, V
+vocabulary, C tokens of a chunk, Q responses per row.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def gather_scored(hidden_RTD, source_RS):
+  """Picks the hidden states that predict the scored tokens: [R, S, D]."""
+  return jnp.take_along_axis(hidden_RTD, source_RS[..., None], axis=1)
+
+
+def _split(x, chunk):
+  """[R, S, ...] -> [chunks, R, chunk, ...], zero-padded."""
+  R, S = x.shape[:2]
+  pad = [(0, 0), (0, -S % chunk)] + [(0, 0)] * (x.ndim - 2)
+  x = jnp.pad(x, pad).reshape(R, -1, chunk, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 0)
+
+
+def _join(x, S):
+  """[chunks, R, chunk, ...] -> [R, S, ...], the inverse of `_split`."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S]
+
+
+def _logits(hidden_RCD, unembed_VD):
+  return jnp.einsum(
+      'RCD,VD->RCV',
+      hidden_RCD,
+      unembed_VD.astype(hidden_RCD.dtype),
+      preferred_element_type=jnp.float32,
+  )
+
+
+def _logps_and_normalizers(hidden_RSD, unembed_VD, target_RS, chunk):
+  def one_chunk(_, inputs):
+    hidden_RCD, target_RC = inputs
+    logits_RCV = _logits(hidden_RCD, unembed_VD)
+    normalizer_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+    picked_RC = jnp.take_along_axis(logits_RCV, target_RC[..., None], -1)
+    return None, (picked_RC[..., 0] - normalizer_RC, normalizer_RC)
+
+  inputs = (_split(hidden_RSD, chunk), _split(target_RS, chunk))
+  _, (logps, normalizers) = jax.lax.scan(one_chunk, None, inputs)
+  S = target_RS.shape[1]
+  return _join(logps, S), _join(normalizers, S)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logps(hidden_RSD, unembed_VD, target_RS, chunk):
+  """Returns float32 log p(target | hidden), [R, S].
+
+  Args:
+    hidden_RSD: hidden states that predict the targets.
+    unembed_VD: unembedding; logits = hidden @ unembed.T, accumulated in
+      float32.
+    target_RS: int32 token ids.
+    chunk: tokens per row whose logits exist at one time; R * chunk * V floats
+      are held.
+
+  Without differentiation (the reference model) nothing is kept for a
+  backward pass.
+  """
+  return _logps_and_normalizers(hidden_RSD, unembed_VD, target_RS, chunk)[0]
+
+
+def _token_logps_forward(hidden_RSD, unembed_VD, target_RS, chunk):
+  logps_RS, normalizer_RS = _logps_and_normalizers(
+      hidden_RSD, unembed_VD, target_RS, chunk
+  )
+  return logps_RS, (hidden_RSD, unembed_VD, target_RS, normalizer_RS)
+
+
+def _token_logps_backward(chunk, residuals, grad_RS):
+  hidden_RSD, unembed_VD, target_RS, normalizer_RS = residuals
+  dtype = hidden_RSD.dtype
+  V = unembed_VD.shape[0]
+
+  def one_chunk(unembed_grad_VD, inputs):
+    hidden_RCD, target_RC, normalizer_RC, grad_RC = inputs
+    logits_RCV = _logits(hidden_RCD, unembed_VD)
+    probs_RCV = jnp.exp(logits_RCV - normalizer_RC[..., None])
+    hit_RCV = jnp.arange(V) == target_RC[..., None]
+    logits_grad_RCV = ((hit_RCV - probs_RCV) * grad_RC[..., None]).astype(dtype)
+    hidden_grad_RCD = jnp.einsum(
+        'RCV,VD->RCD', logits_grad_RCV, unembed_VD.astype(dtype)
+    )
+    unembed_grad_VD += jnp.einsum(
+        'RCV,RCD->VD',
+        logits_grad_RCV,
+        hidden_RCD,
+        preferred_element_type=jnp.float32,
+    )
+    return unembed_grad_VD, hidden_grad_RCD
+
+  inputs = tuple(
+      _split(x, chunk) for x in (hidden_RSD, target_RS, normalizer_RS, grad_RS)
+  )
+  unembed_grad_VD, hidden_grad = jax.lax.scan(
+      one_chunk, jnp.zeros(unembed_VD.shape, jnp.float32), inputs
+  )
+  hidden_grad_RSD = _join(hidden_grad, target_RS.shape[1])
+  return hidden_grad_RSD, unembed_grad_VD.astype(unembed_VD.dtype), None
+
+
+token_logps.defvjp(_token_logps_forward, _token_logps_backward)
+
+
+def token_kls(policy_RSD, policy_VD, ref_RSD, ref_VD, *, chunk):
+  """Returns float32 KL(policy || ref) of each next-token distribution, [R, S].
+
+  The full-vocabulary sum: over sampled prefixes it is the Rao-Blackwellized
+  estimator of the sequence KL (DPO, footnote 3, arXiv:2305.18290). Forward
+  only; arguments as in `token_logps`.
+  """
+
+  def one_chunk(_, inputs):
+    policy_RCD, ref_RCD = inputs
+    policy_logp = jax.nn.log_softmax(_logits(policy_RCD, policy_VD))
+    ref_logp = jax.nn.log_softmax(_logits(ref_RCD, ref_VD))
+    return None, jnp.sum(jnp.exp(policy_logp) * (policy_logp - ref_logp), -1)
+
+  inputs = (_split(policy_RSD, chunk), _split(ref_RSD, chunk))
+  _, kls = jax.lax.scan(one_chunk, None, inputs)
+  return _join(kls, policy_RSD.shape[1])
+
+
+def sum_by_slot(values_RS, slot_RS, *, num_slots):
+  """Sums token values over each response: [R, num_slots].
+
+  Slot -1 is padding. Comparisons and a float32 sum, not a matmul, because a
+  TPU matmul would round the addends to bfloat16.
+  """
+  hit_RSQ = slot_RS[..., None] == jnp.arange(num_slots)
+  return jnp.sum(jnp.where(hit_RSQ, values_RS[..., None], 0.0), axis=1)

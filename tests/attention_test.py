@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import attention
+
+
+def by_hand(query, key, value, lo, hi):
+  """Loops over rows, heads and queries in float64."""
+  B, T, N, H = query.shape
+  G = N // key.shape[2]
+  out = np.zeros((B, T, N, H))
+  for b, t, n in np.ndindex(B, T, N):
+    keys = key[b, lo[b, t] : hi[b, t], n // G].astype(np.float64)
+    scores = keys @ query[b, t, n].astype(np.float64) / np.sqrt(H)
+    weights = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    out[b, t, n] = weights @ value[b, lo[b, t] : hi[b, t], n // G]
+  return out
+
+
+def inputs(*, heads, kv_heads, slots=11, queries=11, seed=0):
+  rng = np.random.default_rng(seed)
+  shape = (2, queries, heads, 4)
+  query = rng.normal(size=shape).astype(np.float32)
+  key, value = rng.normal(size=(2, 2, slots, kv_heads, 4)).astype(np.float32)
+  lo = rng.integers(0, slots, (2, queries)).astype(np.int32)
+  hi = (lo + 1 + rng.integers(0, slots - lo)).astype(np.int32)
+  return query, key, value, lo, hi
+
+
+@pytest.mark.parametrize('heads, kv_heads', [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize('queries', [11, 1])
+def test_attention_equals_loops(heads, kv_heads, queries):
+  args = inputs(heads=heads, kv_heads=kv_heads, queries=queries)
+  out = jax.jit(attention.interval_attention)(*args)
+  np.testing.assert_allclose(out, by_hand(*args), atol=2e-6)
+
+
+def test_keys_outside_the_interval_have_no_gradient():
+  query, key, value, lo, hi = inputs(heads=2, kv_heads=1)
+
+  def one_query(key, value):
+    out = attention.interval_attention(query, key, value, lo, hi)
+    return jnp.sum(out[0, 3])
+
+  for grad in jax.grad(one_query, argnums=(0, 1))(key, value):
+    touched = np.abs(np.asarray(grad[0])).sum((-1, -2)) > 0
+    expected = np.zeros(11, bool)
+    expected[lo[0, 3] : hi[0, 3]] = True
+    np.testing.assert_array_equal(touched & ~expected, False)
+    assert touched.any() or hi[0, 3] - lo[0, 3] == 1
+
+
+def test_softmax_is_float32_in_bfloat16():
+  args = inputs(heads=2, kv_heads=2)
+  low = [x.astype(jnp.bfloat16) for x in args[:3]]
+  out = attention.interval_attention(*low, *args[3:])
+  assert out.dtype == jnp.bfloat16
+  rounded = [np.asarray(x, np.float32) for x in low]
+  np.testing.assert_allclose(
+      np.asarray(out, np.float32), by_hand(*rounded, *args[3:]), atol=0.03
+  )

@@ -1,0 +1,213 @@
+import collections
+
+import numpy as np
+import pytest
+
+from dpo_jax import runs
+from dpo_jax import weights
+from dpo_jax.data import batches
+from dpo_jax.data import builders
+from dpo_jax.data import examples
+from dpo_jax.data import rows
+from dpo_jax.data import tokenizers
+from tests import worlds
+
+
+def hh_like(number, *, seed=0):
+  """Groups with lengths spread like those of HH harmless-base."""
+  rng = np.random.default_rng(seed)
+
+  def tokens(mean, most):
+    size = np.clip(rng.lognormal(np.log(mean) - 0.4, 0.9), 1, most)
+    return np.zeros(int(size), np.int32)
+
+  return [
+      examples.Group(
+          tokens(125, 256), (tokens(41, 256), tokens(51, 256)), 1.0, 1.0, str(i)
+      )
+      for i in range(number)
+  ]
+
+
+def test_order_is_a_function_of_seed_and_step():
+  def numbers(seed):
+    return [
+        batches.shuffled(seed=seed, step=s, batch_size=4, num_groups=10)
+        for s in range(5)
+    ]
+
+  assert numbers(0) == numbers(0) and numbers(0) != numbers(1)
+  # Literal, so that a change that would break resumed runs is seen.
+  assert numbers(0)[:3] == LITERAL
+
+
+LITERAL = [[4, 6, 2, 7], [3, 5, 9, 0], [8, 1, 9, 1]]
+
+
+@pytest.mark.parametrize('batch_size', [1, 3, 10, 25])
+def test_every_epoch_sees_every_group_once(batch_size):
+  seen = [
+      g
+      for s in range(60 // batch_size)
+      for g in batches.shuffled(
+          seed=3, step=s, batch_size=batch_size, num_groups=10
+      )
+  ]
+  for start in range(0, len(seen) - 9, 10):
+    assert sorted(seen[start : start + 10]) == list(range(10))
+
+
+def test_rows_are_full_and_shapes_are_few():
+  groups = hh_like(2000)
+  plan = batches.training_plan(
+      groups, seed=0, num_steps=31, batch_size=64, row_length=1024, multiple=1
+  )
+  shapes = collections.Counter()
+  for step in range(plan.num_steps):
+    batch = plan.batch(step)
+    shapes[tuple(batch['tokens'].shape), tuple(batch['target'].shape)] += 1
+    assert batch['mask'].sum() == 64
+    used = sorted(batch['group'][batch['mask']].tolist())
+    assert used == sorted(plan.steps[step])
+  assert len(shapes) <= 2
+  assert plan.fill() >= 0.88
+  # The report tells the truth.
+  slots = sum(n * shape[0][0] * shape[0][1] for shape, n in shapes.items())
+  assert plan.slots() == slots
+
+
+def check_harmless_base(folder, tokenizer, cache_dir):
+  """The layout's promise on real pairs: at most 245 slots a pair, 2 shapes."""
+  dataset = builders.load(
+      'hh',
+      source=folder / 'data' / 'hh',
+      form='pairs',
+      cache_dir=cache_dir,
+      held_out=0.0,
+      subsets=('harmless-base',),
+  )
+  groups, _ = examples.tokenize(
+      dataset.splits['train'],
+      tokenizer,
+      max_prompt_tokens=600,
+      max_response_tokens=300,
+      form='pairs',
+  )
+  groups = [g for g in groups if rows.slots_needed(g) <= 1024]
+  assert len(groups) > 2290
+  plan = batches.training_plan(
+      groups,
+      seed=0,
+      num_steps=len(groups) // 64,
+      batch_size=64,
+      row_length=1024,
+      multiple=1,
+  )
+  shapes = {plan.batch(s)['tokens'].shape for s in range(plan.num_steps)}
+  assert len(shapes) <= 2
+  assert plan.slots() / (64 * plan.num_steps) <= 245
+  assert plan.fill() >= 0.88
+
+
+def test_harmless_base_fills_its_rows(shared, tmp_path):
+  folder = shared / 'data' / 'tokenizers' / 'gpt2'
+  tokenizer = tokenizers.from_gpt2_files(
+      folder / 'vocab.json', folder / 'merges.txt'
+  )
+  check_harmless_base(shared, tokenizer, tmp_path)
+
+
+@pytest.mark.slow
+def test_harmless_base_fills_its_rows_with_smollm2(shared, tmp_path):
+  tokenizer = weights.load(runs.package_file('smollm2-135m')).tokenizer
+  check_harmless_base(shared, tokenizer, tmp_path)
+
+
+def test_processes_partition_the_rows():
+  plan = batches.training_plan(
+      worlds.make_groups(24),
+      seed=0,
+      num_steps=3,
+      batch_size=12,
+      row_length=48,
+      multiple=4,
+  )
+  assert all(count % 4 == 0 for count in plan.row_counts)
+  for step in range(3):
+    whole = plan.batch(step)
+    parts = [plan.batch(step, process=i, processes=4) for i in range(4)]
+    for name, array in whole.items():
+      joined = np.concatenate([part[name] for part in parts])
+      np.testing.assert_array_equal(joined, array)
+
+
+def test_evaluation_drops_no_tail():
+  groups = worlds.make_groups(11)
+  plan = batches.evaluation_plan(
+      groups, batch_size=4, row_length=48, multiple=2
+  )
+  seen = []
+  for step in range(plan.num_steps):
+    batch = plan.batch(step)
+    seen += batch['group'][batch['mask']].tolist()
+  assert sorted(seen) == list(range(11))
+
+
+def test_uniform_plan_has_one_shape_whatever_the_lengths():
+  shapes = set()
+  for seed in range(3):
+    groups = worlds.make_groups(7, responses=1, seed=seed)
+    plan = batches.uniform_plan(
+        groups,
+        max_prompt=9,
+        max_response=7,
+        row_groups=2,
+        batch_rows=3,
+        multiple=2,
+    )
+    seen = []
+    for step in range(plan.num_steps):
+      batch = plan.batch(step)
+      shapes.add((batch['tokens'].shape, batch['target'].shape))
+      seen += batch['group'][batch['mask']].tolist()
+    assert sorted(seen) == list(range(7))
+  assert shapes == {((4, 32), (4, 14))}
+
+
+def test_flat_values_lie_where_their_tokens_do_and_come_back():
+  groups = worlds.make_groups(9)
+  plan = batches.training_plan(
+      groups, seed=0, num_steps=2, batch_size=6, row_length=48, multiple=1
+  )
+  starts = batches.offsets(groups)
+  # The value of a token is the token, so placing must reproduce `target`.
+  flat = np.concatenate([r for g in groups for r in g.responses])
+  returned = np.full(len(flat), -1.0)
+  for step in range(2):
+    batch = plan.batch(step)
+    placed = batches.place(flat.astype(np.float32), starts, batch)
+    scored = batch['slot'] >= 0
+    np.testing.assert_array_equal(placed[scored], batch['target'][scored])
+    assert not placed[~scored].any()
+    batches.collect(placed, starts, batch, returned)
+  for g in {g for numbers in plan.steps for g in numbers}:
+    span = slice(starts[g], starts[g + 1])
+    np.testing.assert_array_equal(returned[span], flat[span])
+
+
+def test_a_pair_longer_than_a_row_says_what_to_change():
+  groups = worlds.make_groups(3, prompt=90)
+  need = max(map(rows.slots_needed, groups))
+  with pytest.raises(ValueError, match=f'raise it to at least {need}'):
+    batches.evaluation_plan(groups, batch_size=2, row_length=20, multiple=1)
+
+
+def test_no_groups_is_an_error():
+  with pytest.raises(ValueError, match='no examples are left'):
+    batches.evaluation_plan([], batch_size=2, row_length=20, multiple=1)
+
+
+def test_mixed_numbers_of_responses_are_refused():
+  groups = worlds.make_groups(2) + worlds.make_groups(1, responses=1)
+  with pytest.raises(ValueError, match=r'\[1, 2\] responses'):
+    batches.evaluation_plan(groups, batch_size=2, row_length=99, multiple=1)

@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import logps
+
+R, S, D, V = 3, 10, 8, 60
+
+
+def arrays(seed=0):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  hidden = jax.random.normal(keys[0], (R, S, D))
+  unembed = jax.random.normal(keys[1], (V, D))
+  target = jax.random.randint(keys[2], (R, S), 0, V)
+  return hidden, unembed, target, jax.random.normal(keys[3], (R, S))
+
+
+def naive(hidden, unembed, target):
+  logits = jnp.einsum('RSD,VD->RSV', hidden, unembed)
+  picked = jnp.take_along_axis(
+      jax.nn.log_softmax(logits), target[..., None], -1
+  )
+  return picked[..., 0]
+
+
+@pytest.mark.parametrize('chunk', [1, 4, 5, 10, 64])
+def test_chunked_equals_naive_in_value_and_gradient(chunk):
+  hidden, unembed, target, weight = arrays()
+
+  def total(function):
+    return lambda h, u: jnp.sum(weight * function(h, u))
+
+  chunked = total(lambda h, u: logps.token_logps(h, u, target, chunk))
+  plain = total(lambda h, u: naive(h, u, target))
+  np.testing.assert_allclose(
+      logps.token_logps(hidden, unembed, target, chunk),
+      naive(hidden, unembed, target),
+      atol=1e-5,
+  )
+  for ours, expected in zip(
+      jax.jit(jax.grad(chunked, (0, 1)))(hidden, unembed),
+      jax.grad(plain, (0, 1))(hidden, unembed),
+  ):
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_extreme_logits_stay_finite():
+  hidden, unembed, target, _ = arrays()
+  function = lambda h: jnp.sum(logps.token_logps(h, unembed, target, 4))
+  value, grad = jax.value_and_grad(function)(1e4 * hidden)
+  assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+def test_bfloat16_states_give_float32_log_probs():
+  hidden, unembed, target, _ = arrays()
+  low = hidden.astype(jnp.bfloat16)
+  out = logps.token_logps(low, unembed, target, 4)
+  assert out.dtype == jnp.float32
+  rounded = unembed.astype(jnp.bfloat16).astype(jnp.float32)
+  expected = naive(low.astype(jnp.float32), rounded, target)
+  np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+def test_no_array_of_all_tokens_and_the_vocabulary_is_held():
+  tokens, vocab = 512, 4096
+  shapes = [
+      jax.ShapeDtypeStruct(shape, dtype)
+      for shape, dtype in [
+          ((1, tokens, D), jnp.float32),
+          ((vocab, D), jnp.float32),
+          ((1, tokens), jnp.int32),
+      ]
+  ]
+
+  def loss(hidden, unembed, target):
+    return jnp.sum(logps.token_logps(hidden, unembed, target, 32))
+
+  compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile()
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  assert temporary < tokens * vocab * 4 / 4
+
+
+def test_kl_equals_full_vocabulary_sum():
+  hidden, unembed, _, _ = arrays(0)
+  other, other_unembed, _, _ = arrays(1)
+  p = jax.nn.log_softmax(jnp.einsum('RSD,VD->RSV', hidden, unembed))
+  q = jax.nn.log_softmax(jnp.einsum('RSD,VD->RSV', other, other_unembed))
+  expected = jnp.sum(jnp.exp(p) * (p - q), -1)
+  kls = logps.token_kls(hidden, unembed, other, other_unembed, chunk=4)
+  np.testing.assert_allclose(kls, expected, rtol=1e-5)
+  same = logps.token_kls(hidden, unembed, hidden, unembed, chunk=4)
+  np.testing.assert_allclose(same, 0.0, atol=1e-6)
+
+
+def test_sums_leave_out_padding():
+  values = jnp.array([[1.0, 2.0, 4.0, jnp.inf]])
+  slots = jnp.array([[0, 2, 0, -1]])
+  np.testing.assert_array_equal(
+      logps.sum_by_slot(values, slots, num_slots=3), [[5.0, 0.0, 2.0]]
+  )
+
+
+def test_gather_picks_source_slots():
+  hidden = jnp.arange(2 * 4 * 3).reshape(2, 4, 3)
+  source = jnp.array([[3, 0], [1, 1]])
+  np.testing.assert_array_equal(
+      logps.gather_scored(hidden, source),
+      [[[9, 10, 11], [0, 1, 2]], [[15, 16, 17], [15, 16, 17]]],
+  )

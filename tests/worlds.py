@@ -1,0 +1,77 @@
+"""Tiny models and groups that several tests use."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.data import examples
+from dpo_jax.models import transformer
+
+LLAMA = transformer.TransformerConfig(
+    vocab_size=50,
+    d_model=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    d_ff=24,
+    norm='rms',
+    norm_eps=1e-5,
+    positions='rotary',
+    max_positions=64,
+    rope_theta=10000.0,
+    mlp='swiglu',
+    attention_bias=False,
+    mlp_bias=False,
+    tied=True,
+)
+GPT2 = dataclasses.replace(
+    LLAMA,
+    num_kv_heads=4,
+    norm='layer',
+    positions='learned',
+    mlp='gelu',
+    attention_bias=True,
+    mlp_bias=True,
+    tied=False,
+)
+FAMILIES = {'llama': LLAMA, 'gpt2': GPT2}
+
+
+def params_of(config, seed=0):
+  """Random parameters: weights of size 0.1, and no bias or scale is neutral."""
+  shapes = nn.unbox(
+      jax.eval_shape(
+          lambda: transformer.init_params(config, jax.random.key(0))
+      )
+  )
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    center = 1.0 if jax.tree_util.keystr(path).endswith("['scale']") else 0.0
+    return jnp.array(rng.normal(center, 0.1, leaf.shape), jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def make_groups(number, *, responses=2, seed=0, vocab=50, prompt=9, answer=7):
+  """Groups of random tokens and ragged lengths."""
+  rng = np.random.default_rng(seed)
+
+  def tokens(longest):
+    size = rng.integers(1, longest + 1)
+    return rng.integers(0, vocab, size).astype(np.int32)
+
+  return [
+      examples.Group(
+          prompt=tokens(prompt),
+          responses=tuple(tokens(answer) for _ in range(responses)),
+          weight=1.0,
+          p=1.0,
+          id=str(i),
+      )
+      for i in range(number)
+  ]
