@@ -31,16 +31,19 @@ def interval_attention(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT):
   B, T, N, H = query_BTNH.shape
   S, K = key_BSKH.shape[1:3]
   query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
-  scores_BKGTS = jnp.einsum(
+  scores_BKGTS = (
+    jnp.einsum(
       'BTKGH,BSKH->BKGTS',
       query_BTKGH,
       key_BSKH,
       preferred_element_type=jnp.float32,
-  ) * H**-0.5
+    )
+    * H**-0.5
+  )
   slot_S = jnp.arange(S)
   visible_BTS = (slot_S >= lo_BT[..., None]) & (slot_S < hi_BT[..., None])
   scores_BKGTS = jnp.where(
-      visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min
+    visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min
   )
   weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
   out_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, value_BSKH)

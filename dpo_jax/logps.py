@@ -35,10 +35,10 @@ def _join(x, S):
 
 def _logits(hidden_RCD, unembed_VD):
   return jnp.einsum(
-      'RCD,VD->RCV',
-      hidden_RCD,
-      unembed_VD.astype(hidden_RCD.dtype),
-      preferred_element_type=jnp.float32,
+    'RCD,VD->RCV',
+    hidden_RCD,
+    unembed_VD.astype(hidden_RCD.dtype),
+    preferred_element_type=jnp.float32,
   )
 
 
@@ -76,7 +76,7 @@ def token_logps(hidden_RSD, unembed_VD, target_RS, chunk):
 
 def _token_logps_forward(hidden_RSD, unembed_VD, target_RS, chunk):
   logps_RS, normalizer_RS = _logps_and_normalizers(
-      hidden_RSD, unembed_VD, target_RS, chunk
+    hidden_RSD, unembed_VD, target_RS, chunk
   )
   return logps_RS, (hidden_RSD, unembed_VD, target_RS, normalizer_RS)
 
@@ -93,21 +93,21 @@ def _token_logps_backward(chunk, residuals, grad_RS):
     hit_RCV = jnp.arange(V) == target_RC[..., None]
     logits_grad_RCV = ((hit_RCV - probs_RCV) * grad_RC[..., None]).astype(dtype)
     hidden_grad_RCD = jnp.einsum(
-        'RCV,VD->RCD', logits_grad_RCV, unembed_VD.astype(dtype)
+      'RCV,VD->RCD', logits_grad_RCV, unembed_VD.astype(dtype)
     )
     unembed_grad_VD += jnp.einsum(
-        'RCV,RCD->VD',
-        logits_grad_RCV,
-        hidden_RCD,
-        preferred_element_type=jnp.float32,
+      'RCV,RCD->VD',
+      logits_grad_RCV,
+      hidden_RCD,
+      preferred_element_type=jnp.float32,
     )
     return unembed_grad_VD, hidden_grad_RCD
 
   inputs = tuple(
-      _split(x, chunk) for x in (hidden_RSD, target_RS, normalizer_RS, grad_RS)
+    _split(x, chunk) for x in (hidden_RSD, target_RS, normalizer_RS, grad_RS)
   )
   unembed_grad_VD, hidden_grad = jax.lax.scan(
-      one_chunk, jnp.zeros(unembed_VD.shape, jnp.float32), inputs
+    one_chunk, jnp.zeros(unembed_VD.shape, jnp.float32), inputs
   )
   hidden_grad_RSD = _join(hidden_grad, target_RS.shape[1])
   return hidden_grad_RSD, unembed_grad_VD.astype(unembed_VD.dtype), None

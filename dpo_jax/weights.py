@@ -59,17 +59,21 @@ def load(source, *, dtype: str = 'float32') -> Loaded:
   elif path.is_file() and path.suffix == '.gguf':
     loaded = _load_gguf(path, jnp.dtype(dtype))
   elif path.exists():
-    raise ValueError(f'{path} is neither a folder nor a .gguf file; give a '
-                     'Hugging Face folder (config.json and model.safetensors) '
-                     'or a .gguf file.')
+    raise ValueError(
+      f'{path} is neither a folder nor a .gguf file; give a '
+      'Hugging Face folder (config.json and model.safetensors) '
+      'or a .gguf file.'
+    )
   else:
-    raise FileNotFoundError(f'{path} does not exist; give a Hugging Face '
-                            'folder or a .gguf file.')
+    raise FileNotFoundError(
+      f'{path} does not exist; give a Hugging Face folder or a .gguf file.'
+    )
   size = loaded.config.vocab_size
   if loaded.tokenizer is not None and loaded.tokenizer.vocab_size > size:
     raise ValueError(
-        f'The tokenizer of {path} has {loaded.tokenizer.vocab_size} tokens but '
-        f'the embedding only {size} rows; they are not of the same model.')
+      f'The tokenizer of {path} has {loaded.tokenizer.vocab_size} tokens but '
+      f'the embedding only {size} rows; they are not of the same model.'
+    )
   return loaded
 
 
@@ -97,11 +101,12 @@ def _load_folder(folder: pathlib.Path, dtype) -> Loaded:
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from error
   return Loaded(
-      config=config,
-      params=params,
-      tokenizer=tokenizers.from_folder(folder),
-      digest=_digest([folder / 'config.json', *files], dtype),
-      family=family)
+    config=config,
+    params=params,
+    tokenizer=tokenizers.from_folder(folder),
+    digest=_digest([folder / 'config.json', *files], dtype),
+    family=family,
+  )
 
 
 def _safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -110,16 +115,19 @@ def _safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / 'model.safetensors']
   if not index.exists():
     raise FileNotFoundError(
-        f'{folder} has neither model.safetensors nor '
-        'model.safetensors.index.json; pickled weights (.bin) are not read, '
-        'save them with safe_serialization=True.')
-  files = [folder / name
-           for name in sorted(set(_json(index)['weight_map'].values()))]
+      f'{folder} has neither model.safetensors nor '
+      'model.safetensors.index.json; pickled weights (.bin) are not read, '
+      'save them with safe_serialization=True.'
+    )
+  files = [
+    folder / name for name in sorted(set(_json(index)['weight_map'].values()))
+  ]
   missing = [path.name for path in files if not path.exists()]
   if missing:
     raise FileNotFoundError(
-        f'{folder} lacks {len(missing)} of {len(files)} shards: '
-        f'{", ".join(missing)}; download them too.')
+      f'{folder} lacks {len(missing)} of {len(files)} shards: '
+      f'{", ".join(missing)}; download them too.'
+    )
   return files
 
 
@@ -127,33 +135,40 @@ def _lazy_safetensors(path: pathlib.Path) -> dict[str, _LazyTensor]:
   try:
     file = safetensors.safe_open(path, framework='numpy')
   except safetensors.SafetensorError as error:
-    raise ValueError(f'{path} is truncated or no safetensors file ({error}); '
-                     'download it again.') from error
+    raise ValueError(
+      f'{path} is truncated or no safetensors file ({error}); '
+      'download it again.'
+    ) from error
   tensors = {}
 
   def read(name):
     dtype = file.get_slice(name).get_dtype()
     if dtype not in ('F64', 'F32', 'F16', 'BF16'):
       raise ValueError(
-          f'{path.name}: {name} is stored as {dtype}; quantized weights are '
-          'not supported, use the original checkpoint.')
+        f'{path.name}: {name} is stored as {dtype}; quantized weights are '
+        'not supported, use the original checkpoint.'
+      )
     return file.get_tensor(name)
 
   for name in file.keys():
-    tensors[name] = _LazyTensor(file.get_slice(name).get_shape(),
-                                functools.partial(read, name))
+    tensors[name] = _LazyTensor(
+      file.get_slice(name).get_shape(), functools.partial(read, name)
+    )
   return tensors
 
 
 def _json(path: pathlib.Path) -> dict:
   if not path.exists():
-    raise FileNotFoundError(f'{path} does not exist; a Hugging Face folder '
-                            'has config.json and model.safetensors.')
+    raise FileNotFoundError(
+      f'{path} does not exist; a Hugging Face folder '
+      'has config.json and model.safetensors.'
+    )
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
-    raise ValueError(f'{path} is not JSON ({error}); '
-                     'download it again.') from error
+    raise ValueError(
+      f'{path} is not JSON ({error}); download it again.'
+    ) from error
 
 
 # --- GGUF --------------------------------------------------------------------
@@ -164,25 +179,27 @@ def _load_gguf(path: pathlib.Path, dtype) -> Loaded:
     reader = gguf.GGUFReader(path)
   except (ValueError, KeyError, IndexError, OverflowError) as error:
     raise ValueError(
-        f'{path} is truncated, no GGUF file, or uses a quantization that the '
-        f'gguf package does not know ({error}); download it again.') from error
+      f'{path} is truncated, no GGUF file, or uses a quantization that the '
+      f'gguf package does not know ({error}); download it again.'
+    ) from error
   metadata = {name: field.contents() for name, field in reader.fields.items()}
-  tensors = {tensor.name: _lazy_gguf(tensor)
-             for tensor in reader.tensors}
+  tensors = {tensor.name: _lazy_gguf(tensor) for tensor in reader.tensors}
   try:
     family = families.gguf_family(metadata)
     config = families.config_from_gguf(
-        metadata, {name: tensor.shape for name, tensor in tensors.items()})
+      metadata, {name: tensor.shape for name, tensor in tensors.items()}
+    )
     tokenizer = tokenizers.from_gguf(metadata)
     params = families.from_gguf(tensors, config, family=family, dtype=dtype)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
   return Loaded(
-      config=config,
-      params=params,
-      tokenizer=tokenizer,
-      digest=_digest([path], dtype),
-      family=family)
+    config=config,
+    params=params,
+    tokenizer=tokenizer,
+    digest=_digest([path], dtype),
+    family=family,
+  )
 
 
 def _lazy_gguf(tensor) -> _LazyTensor:
@@ -192,8 +209,9 @@ def _lazy_gguf(tensor) -> _LazyTensor:
       return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
       raise ValueError(
-          f'{tensor.name} is quantized as {tensor.tensor_type.name}, which '
-          'cannot be read; use an F16, Q8_0 or Q4 file.') from error
+        f'{tensor.name} is quantized as {tensor.tensor_type.name}, which '
+        'cannot be read; use an F16, Q8_0 or Q4 file.'
+      ) from error
 
   # GGUF names the fastest dimension first.
   return _LazyTensor(tensor.shape[::-1], read)

@@ -60,5 +60,5 @@ def test_softmax_is_float32_in_bfloat16():
   assert out.dtype == jnp.bfloat16
   rounded = [np.asarray(x, np.float32) for x in low]
   np.testing.assert_allclose(
-      np.asarray(out, np.float32), by_hand(*rounded, *args[3:]), atol=0.03
+    np.asarray(out, np.float32), by_hand(*rounded, *args[3:]), atol=0.03
   )

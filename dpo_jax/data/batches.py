@@ -14,8 +14,8 @@ import numpy as np
 
 from dpo_jax.data import rows
 
-_SCORED_MULTIPLE = 64  # row_scored is rounded up to this
-_SCORED_SLACK = 1.25  # row_scored over the mean row's scored tokens
+_SCORED_MULTIPLE = 16  # row_scored is rounded up to this
+_SCORED_SLACK = 1.25  # most scored tokens of a row, over the mean row's
 
 
 def shuffled(*, seed, step, batch_size, num_groups):
@@ -58,12 +58,12 @@ class Plan:
     members = members + [[]] * (count - len(members))
     share = count // processes
     return rows.fill(
-        self.groups,
-        members[process * share : (process + 1) * share],
-        row_length=self.row_length,
-        row_scored=self.row_scored,
-        row_groups=self.row_groups,
-        responses=self.responses,
+      self.groups,
+      members[process * share : (process + 1) * share],
+      row_length=self.row_length,
+      row_scored=self.row_scored,
+      row_groups=self.row_groups,
+      responses=self.responses,
     )
 
   def slots(self):
@@ -79,12 +79,12 @@ class Plan:
     """One line for the log."""
     groups = sum(map(len, self.steps))
     shapes = ' or '.join(
-        f'{count}x{self.row_length}' for count in self.row_counts
+      f'{count}x{self.row_length}' for count in self.row_counts
     )
     return (
-        f'{self.num_steps} steps of {len(self.steps[0])} groups in {shapes}'
-        f' slots: {100 * self.fill():.1f}% full,'
-        f' {self.slots() / groups:.0f} slots a group'
+      f'{self.num_steps} steps of {len(self.steps[0])} groups in {shapes}'
+      f' slots: {100 * self.fill():.1f}% full,'
+      f' {self.slots() / groups:.0f} slots a group'
     )
 
 
@@ -107,58 +107,53 @@ def plan_steps(groups, steps, *, row_length, multiple):
   responses = {len(group.responses) for group in groups}
   if len(responses) > 1:
     raise ValueError(
-        f'groups with {sorted(responses)} responses in one data set; a run'
-        ' needs one number'
+      f'groups with {sorted(responses)} responses in one data set; a run'
+      ' needs one number'
     )
   slots = [rows.slots_needed(group) for group in groups]
   scored = [rows.scored_tokens(group) for group in groups]
   for group, need in zip(groups, slots):
     if need > row_length:
       raise ValueError(
-          f'example {group.id!r} needs {need} slots but data.row_length is'
-          f' {row_length}; raise it to at least {max(slots)} or lower'
-          ' data.max_prompt_tokens or data.max_response_tokens'
+        f'example {group.id!r} needs {need} slots but data.row_length is'
+        f' {row_length}; raise it to at least {max(slots)} or lower'
+        ' data.max_prompt_tokens or data.max_response_tokens'
       )
   mean_scored = sum(scored) / sum(slots) * row_length
-  row_scored = max(_SCORED_SLACK * mean_scored, *scored, 1)
-  row_scored = int(-(-row_scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE)
-  row_scored = min(row_scored, row_length)
+  most_scored = max(int(_SCORED_SLACK * mean_scored), *scored, 1)
   members = []
   for numbers in steps:
     least = -(-sum(slots[g] for g in numbers) // row_length)
     packed = rows.assign(
-        [slots[g] for g in numbers],
-        [scored[g] for g in numbers],
-        row_length=row_length,
-        row_scored=row_scored,
-        rows=least,
+      [slots[g] for g in numbers],
+      [scored[g] for g in numbers],
+      row_length=row_length,
+      row_scored=most_scored,
+      rows=least,
     )
     members.append([[numbers[i] for i in row] for row in packed])
+  row_scored = max(sum(scored[g] for g in row) for m in members for row in m)
   return Plan(
-      groups=groups,
-      steps=steps,
-      members=members,
-      row_counts=_two_shapes([len(m) for m in members], multiple),
-      row_length=row_length,
-      row_scored=row_scored,
-      row_groups=max(len(row) for m in members for row in m),
-      responses=responses.pop(),
+    groups=groups,
+    steps=steps,
+    members=members,
+    row_counts=_two_shapes([len(m) for m in members], multiple),
+    row_length=row_length,
+    row_scored=-(-row_scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE,
+    row_groups=max(len(row) for m in members for row in m),
+    responses=responses.pop(),
   )
 
 
-def training_plan(
-    groups, *, seed, num_steps, batch_size, row_length, multiple
-):
+def training_plan(groups, *, seed, num_steps, batch_size, row_length, multiple):
   """Plans a run of `num_steps` steps of exactly `batch_size` groups.
 
   `multiple` is the number of devices that share the rows of a batch.
   """
   steps = [
-      shuffled(
-          seed=seed, step=s, batch_size=batch_size, num_groups=len(groups)
-      )
-      for s in range(num_steps)
-      if groups
+    shuffled(seed=seed, step=s, batch_size=batch_size, num_groups=len(groups))
+    for s in range(num_steps)
+    if groups
   ]
   return plan_steps(groups, steps, row_length=row_length, multiple=multiple)
 
@@ -167,13 +162,13 @@ def evaluation_plan(groups, *, batch_size, row_length, multiple):
   """Plans one pass in order; the last batch may hold fewer groups."""
   numbers = list(range(len(groups)))
   steps = [
-      numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)
+    numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)
   ]
   return plan_steps(groups, steps, row_length=row_length, multiple=multiple)
 
 
 def uniform_plan(
-    groups, *, max_prompt, max_response, row_groups, batch_rows, multiple
+  groups, *, max_prompt, max_response, row_groups, batch_rows, multiple
 ):
   """Plans one pass over single-response groups in a shape known beforehand.
 
@@ -194,18 +189,18 @@ def uniform_plan(
   size = count * row_groups
   steps = [numbers[i : i + size] for i in range(0, len(numbers), size)]
   members = [
-      [step[i : i + row_groups] for i in range(0, len(step), row_groups)]
-      for step in steps
+    [step[i : i + row_groups] for i in range(0, len(step), row_groups)]
+    for step in steps
   ]
   return Plan(
-      groups=groups,
-      steps=steps,
-      members=members,
-      row_counts=(count,),
-      row_length=row_groups * (max_prompt + max_response),
-      row_scored=row_groups * max_response,
-      row_groups=row_groups,
-      responses=1,
+    groups=groups,
+    steps=steps,
+    members=members,
+    row_counts=(count,),
+    row_length=row_groups * (max_prompt + max_response),
+    row_scored=row_groups * max_response,
+    row_groups=row_groups,
+    responses=1,
   )
 
 

@@ -61,9 +61,9 @@ def assign(slots, scored, *, row_length, row_scored, rows=0):
     if best < 0:
       if slots[g] > row_length or scored[g] > row_scored:
         raise ValueError(
-            f'a group needs {slots[g]} slots ({scored[g]} scored) but a row'
-            f' has {row_length} ({row_scored} scored); raise data.row_length'
-            ' or lower data.max_prompt_tokens or data.max_response_tokens'
+          f'a group needs {slots[g]} slots ({scored[g]} scored) but a row'
+          f' has {row_length} ({row_scored} scored); raise data.row_length'
+          ' or lower data.max_prompt_tokens or data.max_response_tokens'
         )
       best = len(members)
       free_slots.append(row_length)
@@ -115,17 +115,17 @@ def fill(groups, members, *, row_length, row_scored, row_groups, responses):
   R, T, S, G, K = len(members), row_length, row_scored, row_groups, responses
   itself = np.tile(np.arange(T, dtype=np.int32), (R, 1))
   batch = {
-      'tokens': np.zeros((R, T), np.int32),
-      'positions': np.zeros((R, T), np.int32),
-      'lo': itself,
-      'hi': itself + 1,
-      'source': np.zeros((R, S), np.int32),
-      'target': np.zeros((R, S), np.int32),
-      'slot': np.full((R, S), -1, np.int32),
-      'weight': np.zeros((R, G), np.float32),
-      'p': np.ones((R, G), np.float32),
-      'mask': np.zeros((R, G), bool),
-      'group': np.full((R, G), -1, np.int32),
+    'tokens': np.zeros((R, T), np.int32),
+    'positions': np.zeros((R, T), np.int32),
+    'lo': itself,
+    'hi': itself + 1,
+    'source': np.zeros((R, S), np.int32),
+    'target': np.zeros((R, S), np.int32),
+    'slot': np.full((R, S), -1, np.int32),
+    'weight': np.zeros((R, G), np.float32),
+    'p': np.ones((R, G), np.float32),
+    'mask': np.zeros((R, G), bool),
+    'group': np.full((R, G), -1, np.int32),
   }
   for r, numbers in enumerate(members):
     row = {name: array[r] for name, array in batch.items()}
@@ -138,7 +138,7 @@ def fill(groups, members, *, row_length, row_scored, row_groups, responses):
         right = group.responses[k]
         left = group.responses[k + 1] if k + 1 < K else right[:0]
         left_slots, last, right_slots = _write_block(
-            row, start, group.prompt, right, left
+          row, start, group.prompt, right, left
         )
         start += len(left) + len(group.prompt) + len(right)
         for i, slots in [(k, right_slots), (k + 1, left_slots)]:

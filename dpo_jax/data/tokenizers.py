@@ -67,8 +67,10 @@ class SubwordTokenizer:
       if i is None:
         continue
       if not 0 <= i < self.vocab_size:
-        raise ValueError(f'The {name} id {i} is outside the vocabulary of '
-                         f'{self.vocab_size}; correct the tokenizer files.')
+        raise ValueError(
+          f'The {name} id {i} is outside the vocabulary of '
+          f'{self.vocab_size}; correct the tokenizer files.'
+        )
     content = json.dumps([backend.to_str(), eos_id, bos_id])
     self.digest = hashlib.sha256(content.encode('utf-8')).hexdigest()
 
@@ -77,7 +79,8 @@ class SubwordTokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     encodings = self._backend.encode_batch(
-        list(texts), add_special_tokens=False)
+      list(texts), add_special_tokens=False
+    )
     return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -90,24 +93,29 @@ def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
   ids = [int(i) for i in ids]
   wrong = [i for i in ids if not 0 <= i < vocab_size]
   if wrong:
-    raise ValueError(f'ids {wrong[:5]} are outside the vocabulary of '
-                     f'{vocab_size}; is this the tokenizer of the model?')
+    raise ValueError(
+      f'ids {wrong[:5]} are outside the vocabulary of '
+      f'{vocab_size}; is this the tokenizer of the model?'
+    )
   return ids
 
 
 def _byte_level():
   # use_regex: GPT-2's own split into words, contractions, digits and spaces.
   return tokenizers.pre_tokenizers.ByteLevel(
-      add_prefix_space=False, use_regex=True)
+    add_prefix_space=False, use_regex=True
+  )
 
 
 # GGUF `tokenizer.ggml.pre` -> how text is cut before merges.
 _PRE_TOKENIZERS = {
-    'gpt-2': _byte_level,
-    'smollm': lambda: tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Digits(individual_digits=True),
-        _byte_level(),
-    ]),
+  'gpt-2': _byte_level,
+  'smollm': lambda: tokenizers.pre_tokenizers.Sequence(
+    [
+      tokenizers.pre_tokenizers.Digits(individual_digits=True),
+      _byte_level(),
+    ]
+  ),
 }
 
 # GGUF `tokenizer.ggml.token_type`.
@@ -119,8 +127,10 @@ def _bpe(vocab, merges, pre_tokenizer, added):
   try:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
   except Exception as error:  # The library raises nothing narrower.
-    raise ValueError(f'The vocabulary and the merges do not fit: {error}; they '
-                     'are not of the same tokenizer.') from error
+    raise ValueError(
+      f'The vocabulary and the merges do not fit: {error}; they '
+      'are not of the same tokenizer.'
+    ) from error
   backend.pre_tokenizer = pre_tokenizer
   backend.decoder = tokenizers.decoders.ByteLevel()
   backend.add_tokens(added)
@@ -132,35 +142,44 @@ def from_gguf(metadata: Mapping) -> SubwordTokenizer:
 
   def required(name):
     if name not in metadata:
-      raise ValueError(f'The GGUF file has no {name}; convert it again with '
-                       'its tokenizer.')
+      raise ValueError(
+        f'The GGUF file has no {name}; convert it again with its tokenizer.'
+      )
     return metadata[name]
 
   model = required('tokenizer.ggml.model')
   if model != 'gpt2':
-    raise ValueError(f'tokenizer.ggml.model {model!r} is not supported (only '
-                     "'gpt2', byte-level BPE); load the Hugging Face folder.")
+    raise ValueError(
+      f'tokenizer.ggml.model {model!r} is not supported (only '
+      "'gpt2', byte-level BPE); load the Hugging Face folder."
+    )
   pre = required('tokenizer.ggml.pre')
   if pre not in _PRE_TOKENIZERS:
     raise ValueError(
-        f'tokenizer.ggml.pre {pre!r} is not supported (only '
-        f'{", ".join(_PRE_TOKENIZERS)}); load the Hugging Face folder.')
+      f'tokenizer.ggml.pre {pre!r} is not supported (only '
+      f'{", ".join(_PRE_TOKENIZERS)}); load the Hugging Face folder.'
+    )
   if metadata.get('tokenizer.ggml.add_space_prefix'):
-    raise ValueError('tokenizer.ggml.add_space_prefix is not supported; load '
-                     'the Hugging Face folder.')
+    raise ValueError(
+      'tokenizer.ggml.add_space_prefix is not supported; load '
+      'the Hugging Face folder.'
+    )
   tokens = required('tokenizer.ggml.tokens')
   types = required('tokenizer.ggml.token_type')
-  merges = [tuple(merge.split(' ')) for merge in
-            required('tokenizer.ggml.merges')]
+  merges = [
+    tuple(merge.split(' ')) for merge in required('tokenizer.ggml.merges')
+  ]
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens) or len(types) != len(tokens):
     raise ValueError(
-        f'The GGUF file has {len(tokens)} tokens, {len(vocab)} of them '
-        f'different, and {len(types)} token types; the numbers must be equal.')
+      f'The GGUF file has {len(tokens)} tokens, {len(vocab)} of them '
+      f'different, and {len(types)} token types; the numbers must be equal.'
+    )
   added = [
-      tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-      for token, kind in zip(tokens, types, strict=True)
-      if kind in (_CONTROL, _USER_DEFINED)]
+    tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+    for token, kind in zip(tokens, types, strict=True)
+    if kind in (_CONTROL, _USER_DEFINED)
+  ]
   backend = _bpe(vocab, merges, _PRE_TOKENIZERS[pre](), added)
   wants_bos = metadata.get('tokenizer.ggml.add_bos_token', False)
   bos_id = required('tokenizer.ggml.bos_token_id') if wants_bos else None
@@ -168,26 +187,32 @@ def from_gguf(metadata: Mapping) -> SubwordTokenizer:
   tokenizer = SubwordTokenizer(backend, eos_id=eos_id, bos_id=bos_id)
   if eos_id in tokenizer.encode(tokens[eos_id]):
     raise ValueError(
-        f'Plain text {tokens[eos_id]!r} encodes to the EOS id {eos_id}: data '
-        'could forge it. The token must be of type control in the file.')
+      f'Plain text {tokens[eos_id]!r} encodes to the EOS id {eos_id}: data '
+      'could forge it. The token must be of type control in the file.'
+    )
   return tokenizer
 
 
-def from_gpt2_files(vocab, merges, *,
-                    eos: str = '<|endoftext|>') -> SubwordTokenizer:
+def from_gpt2_files(
+  vocab, merges, *, eos: str = '<|endoftext|>'
+) -> SubwordTokenizer:
   """Build GPT-2's tokenizer from vocab.json and merges.txt."""
   table = json.loads(pathlib.Path(vocab).read_text(encoding='utf-8'))
   if eos not in table:
-    raise ValueError(f'{vocab} has no {eos!r}; name the EOS token it has in '
-                     'tokenizer_config.json (eos_token).')
+    raise ValueError(
+      f'{vocab} has no {eos!r}; name the EOS token it has in '
+      'tokenizer_config.json (eos_token).'
+    )
   lines = pathlib.Path(merges).read_text(encoding='utf-8').split('\n')
   pairs = []
   for number, line in enumerate(lines, start=1):
     if line.strip() and not (number == 1 and line.startswith('#version')):
       pair = tuple(line.rstrip('\r').split(' '))
       if len(pair) != 2:
-        raise ValueError(f'{merges}, line {number}: {line!r} is not two tokens '
-                         'separated by a space.')
+        raise ValueError(
+          f'{merges}, line {number}: {line!r} is not two tokens '
+          'separated by a space.'
+        )
       pairs.append(pair)
   added = [tokenizers.AddedToken(eos, special=True, normalized=False)]
   backend = _bpe(table, pairs, _byte_level(), added)
@@ -212,16 +237,20 @@ def from_tokenizer_json(path) -> SubwordTokenizer:
     token = token['content'] if isinstance(token, dict) else token
     if token is not None:
       if token not in vocab:
-        raise ValueError(f'{path.parent}: tokenizer_config.json says '
-                         f'{name}_token is {token!r}, which {path.name} lacks.')
+        raise ValueError(
+          f'{path.parent}: tokenizer_config.json says '
+          f'{name}_token is {token!r}, which {path.name} lacks.'
+        )
       ids[name] = vocab[token]
     else:
       # A list names the alternatives of a sampler; the first is the model's.
       i = config.get(f'{name}_token_id')
       ids[name] = i[0] if isinstance(i, list) else i
   if ids['eos'] is None:
-    raise ValueError(f'No EOS token is known for {path}; put a '
-                     'tokenizer_config.json with eos_token beside it.')
+    raise ValueError(
+      f'No EOS token is known for {path}; put a '
+      'tokenizer_config.json with eos_token beside it.'
+    )
   for token in content.get('added_tokens', ()):
     if token['id'] in ids.values():
       token['special'] = True  # Else text could spell it.
@@ -231,18 +260,23 @@ def from_tokenizer_json(path) -> SubwordTokenizer:
   if wants_bos is None:
     wants_bos = ids['bos'] is not None and starts == [ids['bos']]
   if wants_bos and ids['bos'] is None:
-    raise ValueError(f'{path.parent}: add_bos_token is set but no bos_token is '
-                     'named in tokenizer_config.json.')
+    raise ValueError(
+      f'{path.parent}: add_bos_token is set but no bos_token is '
+      'named in tokenizer_config.json.'
+    )
   return SubwordTokenizer(
-      backend, eos_id=ids['eos'], bos_id=ids['bos'] if wants_bos else None)
+    backend, eos_id=ids['eos'], bos_id=ids['bos'] if wants_bos else None
+  )
 
 
 def _backend(path, content: dict) -> tokenizers.Tokenizer:
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
   except Exception as error:  # The library raises nothing narrower.
-    raise ValueError(f'{path} is no tokenizer of the tokenizers library '
-                     f'({error}); save it again with transformers.') from error
+    raise ValueError(
+      f'{path} is no tokenizer of the tokenizers library '
+      f'({error}); save it again with transformers.'
+    ) from error
 
 
 def from_folder(folder) -> SubwordTokenizer | None:
@@ -255,13 +289,17 @@ def from_folder(folder) -> SubwordTokenizer | None:
     eos = _json(folder / 'tokenizer_config.json').get('eos_token')
     eos = eos['content'] if isinstance(eos, dict) else eos
     return from_gpt2_files(vocab, merges, eos=eos or '<|endoftext|>')
-  partial = [name for name in ('vocab.json', 'merges.txt', 'tokenizer.model')
-             if (folder / name).exists()]
+  partial = [
+    name
+    for name in ('vocab.json', 'merges.txt', 'tokenizer.model')
+    if (folder / name).exists()
+  ]
   if partial:
     raise ValueError(
-        f'{folder} has {", ".join(partial)} but neither tokenizer.json nor '
-        'vocab.json with merges.txt; save the tokenizer with a recent '
-        'transformers, which writes tokenizer.json.')
+      f'{folder} has {", ".join(partial)} but neither tokenizer.json nor '
+      'vocab.json with merges.txt; save the tokenizer with a recent '
+      'transformers, which writes tokenizer.json.'
+    )
   return None
 
 
@@ -272,5 +310,6 @@ def _json(path: pathlib.Path) -> dict:
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
-    raise ValueError(f'{path} is not JSON ({error}); '
-                     'download it again.') from error
+    raise ValueError(
+      f'{path} is not JSON ({error}); download it again.'
+    ) from error

@@ -71,7 +71,8 @@ class Family:
 
 # Attributes every Hugging Face config may have. Dropout is here on purpose:
 # preference training runs without it.
-_HF_HARMLESS = frozenset("""
+_HF_HARMLESS = frozenset(
+  """
     _attn_implementation _name_or_path architectures attention_dropout
     attn_pdrop bos_token_id dtype embd_pdrop eos_token_id gradient_checkpointing
     id2label initializer_range is_decoder is_llama_config
@@ -81,179 +82,252 @@ _HF_HARMLESS = frozenset("""
     summary_proj_to_labels summary_type summary_use_proj task_specific_params
     tokenizer_class torch_dtype transformers.js_config transformers_version
     unk_token_id use_cache
-    """.split())
+    """.split()
+)
 _HF_ONLY = {
-    'add_cross_attention': (False,),
-    'chunk_size_feed_forward': (0,),
-    'cross_attention_hidden_size': (None,),
-    'is_encoder_decoder': (False,),
-    'pruned_heads': (None, {}),
-    'pretraining_tp': (1, None),
-    'quantization_config': (None,),
-    'sliding_window': (None,),
-    'use_sliding_window': (False,),
+  'add_cross_attention': (False,),
+  'chunk_size_feed_forward': (0,),
+  'cross_attention_hidden_size': (None,),
+  'is_encoder_decoder': (False,),
+  'pruned_heads': (None, {}),
+  'pretraining_tp': (1, None),
+  'quantization_config': (None,),
+  'sliding_window': (None,),
+  'use_sliding_window': (False,),
 }
 _ROPE_ONLY = {
-    'rope_interleaved': (False, None),
-    'rope_parameters': (None,),
-    'rope_parameters.rope_type': ('default',),
-    'rope_parameters.type': ('default',),
-    'rope_scaling': (None,),
-    'rope_scaling.rope_type': ('default',),
-    'rope_scaling.type': ('default',),
+  'rope_interleaved': (False, None),
+  'rope_parameters': (None,),
+  'rope_parameters.rope_type': ('default',),
+  'rope_parameters.type': ('default',),
+  'rope_scaling': (None,),
+  'rope_scaling.rope_type': ('default',),
+  'rope_scaling.type': ('default',),
 }
 
 LLAMA = Family(
-    fixed=dict(norm='rms', positions='rotary', mlp='swiglu', mlp_bias=False),
-    hf=Schema(
-        fields={
-            'vocab_size': 'vocab_size',
-            'hidden_size': 'd_model',
-            'num_hidden_layers': 'num_layers',
-            'num_attention_heads': 'num_heads',
-            'num_key_value_heads': 'num_kv_heads',
-            'head_dim': 'head_dim',
-            'intermediate_size': 'd_ff',
-            'rms_norm_eps': 'norm_eps',
-            'max_position_embeddings': 'max_positions',
-            'rope_theta': 'rope_theta',
-            'rope_parameters.rope_theta': 'rope_theta',
-            'rope_scaling.rope_theta': 'rope_theta',
-            'attention_bias': 'attention_bias',
-            'tie_word_embeddings': 'tied',
-        },
-        only=_HF_ONLY | _ROPE_ONLY | {
-            'hidden_act': ('silu', 'swish'),
-            'mlp_bias': (False,),
-        },
-        harmless=_HF_HARMLESS,
-        # The values LlamaConfig had before it wrote them down.
-        absent=dict(rope_theta=10000.0, attention_bias=False, tied=False),
+  fixed=dict(norm='rms', positions='rotary', mlp='swiglu', mlp_bias=False),
+  hf=Schema(
+    fields={
+      'vocab_size': 'vocab_size',
+      'hidden_size': 'd_model',
+      'num_hidden_layers': 'num_layers',
+      'num_attention_heads': 'num_heads',
+      'num_key_value_heads': 'num_kv_heads',
+      'head_dim': 'head_dim',
+      'intermediate_size': 'd_ff',
+      'rms_norm_eps': 'norm_eps',
+      'max_position_embeddings': 'max_positions',
+      'rope_theta': 'rope_theta',
+      'rope_parameters.rope_theta': 'rope_theta',
+      'rope_scaling.rope_theta': 'rope_theta',
+      'attention_bias': 'attention_bias',
+      'tie_word_embeddings': 'tied',
+    },
+    only=_HF_ONLY
+    | _ROPE_ONLY
+    | {
+      'hidden_act': ('silu', 'swish'),
+      'mlp_bias': (False,),
+    },
+    harmless=_HF_HARMLESS,
+    # The values LlamaConfig had before it wrote them down.
+    absent=dict(rope_theta=10000.0, attention_bias=False, tied=False),
+  ),
+  gguf=Schema(
+    fields={
+      'llama.vocab_size': 'vocab_size',
+      'llama.embedding_length': 'd_model',
+      'llama.block_count': 'num_layers',
+      'llama.attention.head_count': 'num_heads',
+      'llama.attention.head_count_kv': 'num_kv_heads',
+      'llama.attention.key_length': 'head_dim',
+      'llama.attention.value_length': 'head_dim',
+      'llama.rope.dimension_count': 'head_dim',
+      'llama.feed_forward_length': 'd_ff',
+      'llama.attention.layer_norm_rms_epsilon': 'norm_eps',
+      'llama.context_length': 'max_positions',
+      'llama.rope.freq_base': 'rope_theta',
+    },
+    only={
+      'llama.rope.scaling.type': ('none',),
+      'llama.expert_count': (0,),
+      'llama.expert_used_count': (0,),
+      'llama.use_parallel_residual': (False,),
+      'split.count': (0, 1),
+    },
+    harmless=frozenset(['split.no', 'split.tensors.count']),
+    absent=dict(rope_theta=10000.0),
+  ),
+  keys=(
+    Key(
+      'embed/tokens', 'model.embed_tokens.weight', 'VD->VD', 'token_embd.weight'
     ),
-    gguf=Schema(
-        fields={
-            'llama.vocab_size': 'vocab_size',
-            'llama.embedding_length': 'd_model',
-            'llama.block_count': 'num_layers',
-            'llama.attention.head_count': 'num_heads',
-            'llama.attention.head_count_kv': 'num_kv_heads',
-            'llama.attention.key_length': 'head_dim',
-            'llama.attention.value_length': 'head_dim',
-            'llama.rope.dimension_count': 'head_dim',
-            'llama.feed_forward_length': 'd_ff',
-            'llama.attention.layer_norm_rms_epsilon': 'norm_eps',
-            'llama.context_length': 'max_positions',
-            'llama.rope.freq_base': 'rope_theta',
-        },
-        only={
-            'llama.rope.scaling.type': ('none',),
-            'llama.expert_count': (0,),
-            'llama.expert_used_count': (0,),
-            'llama.use_parallel_residual': (False,),
-            'split.count': (0, 1),
-        },
-        harmless=frozenset(['split.no', 'split.tensors.count']),
-        absent=dict(rope_theta=10000.0),
+    Key(
+      'layers/norm1/scale',
+      'model.layers.{}.input_layernorm.weight',
+      'D->D',
+      'blk.{}.attn_norm.weight',
     ),
-    keys=(
-        Key('embed/tokens', 'model.embed_tokens.weight', 'VD->VD',
-            'token_embd.weight'),
-        Key('layers/norm1/scale', 'model.layers.{}.input_layernorm.weight',
-            'D->D', 'blk.{}.attn_norm.weight'),
-        # GGUF rotates neighbouring rows where we rotate halves: row 2j + i of
-        # a query or key head in a GGUF file is our row i * H / 2 + j.
-        Key('layers/attention/q', 'model.layers.{}.self_attn.q_proj.weight',
-            '(NH)D->DNH', 'blk.{}.attn_q.weight', '(NJI)D->DN(IJ)'),
-        Key('layers/attention/k', 'model.layers.{}.self_attn.k_proj.weight',
-            '(KH)D->DKH', 'blk.{}.attn_k.weight', '(KJI)D->DK(IJ)'),
-        Key('layers/attention/v', 'model.layers.{}.self_attn.v_proj.weight',
-            '(KH)D->DKH', 'blk.{}.attn_v.weight'),
-        Key('layers/attention/out', 'model.layers.{}.self_attn.o_proj.weight',
-            'D(NH)->NHD', 'blk.{}.attn_output.weight'),
-        Key('layers/attention/q_bias', 'model.layers.{}.self_attn.q_proj.bias',
-            '(NH)->NH', 'blk.{}.attn_q.bias', '(NJI)->N(IJ)',
-            when=lambda config: config.attention_bias),
-        Key('layers/attention/k_bias', 'model.layers.{}.self_attn.k_proj.bias',
-            '(KH)->KH', 'blk.{}.attn_k.bias', '(KJI)->K(IJ)',
-            when=lambda config: config.attention_bias),
-        Key('layers/attention/v_bias', 'model.layers.{}.self_attn.v_proj.bias',
-            '(KH)->KH', 'blk.{}.attn_v.bias',
-            when=lambda config: config.attention_bias),
-        Key('layers/attention/out_bias',
-            'model.layers.{}.self_attn.o_proj.bias', 'D->D',
-            'blk.{}.attn_output.bias',
-            when=lambda config: config.attention_bias),
-        Key('layers/norm2/scale',
-            'model.layers.{}.post_attention_layernorm.weight', 'D->D',
-            'blk.{}.ffn_norm.weight'),
-        Key('layers/mlp/gate', 'model.layers.{}.mlp.gate_proj.weight',
-            'FD->DF', 'blk.{}.ffn_gate.weight'),
-        Key('layers/mlp/up', 'model.layers.{}.mlp.up_proj.weight', 'FD->DF',
-            'blk.{}.ffn_up.weight'),
-        Key('layers/mlp/down', 'model.layers.{}.mlp.down_proj.weight',
-            'DF->FD', 'blk.{}.ffn_down.weight'),
-        Key('final_norm/scale', 'model.norm.weight', 'D->D',
-            'output_norm.weight'),
-        Key('unembed', 'lm_head.weight', 'VD->VD', 'output.weight',
-            when=lambda config: not config.tied),
+    # GGUF rotates neighbouring rows where we rotate halves: row 2j + i of
+    # a query or key head in a GGUF file is our row i * H / 2 + j.
+    Key(
+      'layers/attention/q',
+      'model.layers.{}.self_attn.q_proj.weight',
+      '(NH)D->DNH',
+      'blk.{}.attn_q.weight',
+      '(NJI)D->DN(IJ)',
     ),
-    harmless_tensors=r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq',
+    Key(
+      'layers/attention/k',
+      'model.layers.{}.self_attn.k_proj.weight',
+      '(KH)D->DKH',
+      'blk.{}.attn_k.weight',
+      '(KJI)D->DK(IJ)',
+    ),
+    Key(
+      'layers/attention/v',
+      'model.layers.{}.self_attn.v_proj.weight',
+      '(KH)D->DKH',
+      'blk.{}.attn_v.weight',
+    ),
+    Key(
+      'layers/attention/out',
+      'model.layers.{}.self_attn.o_proj.weight',
+      'D(NH)->NHD',
+      'blk.{}.attn_output.weight',
+    ),
+    Key(
+      'layers/attention/q_bias',
+      'model.layers.{}.self_attn.q_proj.bias',
+      '(NH)->NH',
+      'blk.{}.attn_q.bias',
+      '(NJI)->N(IJ)',
+      when=lambda config: config.attention_bias,
+    ),
+    Key(
+      'layers/attention/k_bias',
+      'model.layers.{}.self_attn.k_proj.bias',
+      '(KH)->KH',
+      'blk.{}.attn_k.bias',
+      '(KJI)->K(IJ)',
+      when=lambda config: config.attention_bias,
+    ),
+    Key(
+      'layers/attention/v_bias',
+      'model.layers.{}.self_attn.v_proj.bias',
+      '(KH)->KH',
+      'blk.{}.attn_v.bias',
+      when=lambda config: config.attention_bias,
+    ),
+    Key(
+      'layers/attention/out_bias',
+      'model.layers.{}.self_attn.o_proj.bias',
+      'D->D',
+      'blk.{}.attn_output.bias',
+      when=lambda config: config.attention_bias,
+    ),
+    Key(
+      'layers/norm2/scale',
+      'model.layers.{}.post_attention_layernorm.weight',
+      'D->D',
+      'blk.{}.ffn_norm.weight',
+    ),
+    Key(
+      'layers/mlp/gate',
+      'model.layers.{}.mlp.gate_proj.weight',
+      'FD->DF',
+      'blk.{}.ffn_gate.weight',
+    ),
+    Key(
+      'layers/mlp/up',
+      'model.layers.{}.mlp.up_proj.weight',
+      'FD->DF',
+      'blk.{}.ffn_up.weight',
+    ),
+    Key(
+      'layers/mlp/down',
+      'model.layers.{}.mlp.down_proj.weight',
+      'DF->FD',
+      'blk.{}.ffn_down.weight',
+    ),
+    Key('final_norm/scale', 'model.norm.weight', 'D->D', 'output_norm.weight'),
+    Key(
+      'unembed',
+      'lm_head.weight',
+      'VD->VD',
+      'output.weight',
+      when=lambda config: not config.tied,
+    ),
+  ),
+  harmless_tensors=r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq',
 )
 
 _QKV = 'layers/attention/q layers/attention/k layers/attention/v'
-_QKV_BIAS = ('layers/attention/q_bias layers/attention/k_bias '
-             'layers/attention/v_bias')
+_QKV_BIAS = (
+  'layers/attention/q_bias layers/attention/k_bias layers/attention/v_bias'
+)
 GPT2 = Family(
-    fixed=dict(norm='layer', positions='learned', mlp='gelu',
-               attention_bias=True, mlp_bias=True),
-    hf=Schema(
-        fields={
-            'vocab_size': 'vocab_size',
-            'n_embd': 'd_model',
-            'n_layer': 'num_layers',
-            'n_head': 'num_heads',
-            'n_inner': 'd_ff',
-            'layer_norm_epsilon': 'norm_eps',
-            'n_positions': 'max_positions',
-            'n_ctx': 'max_positions',
-            'tie_word_embeddings': 'tied',
-        },
-        only=_HF_ONLY | {
-            'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
-            'reorder_and_upcast_attn': (False,),
-            'scale_attn_by_inverse_layer_idx': (False,),
-            'scale_attn_weights': (True,),
-        },
-        harmless=_HF_HARMLESS,
-        # rope_theta: no rotation, but the field wants a number.
-        absent=dict(tied=True, rope_theta=10000.0),
+  fixed=dict(
+    norm='layer',
+    positions='learned',
+    mlp='gelu',
+    attention_bias=True,
+    mlp_bias=True,
+  ),
+  hf=Schema(
+    fields={
+      'vocab_size': 'vocab_size',
+      'n_embd': 'd_model',
+      'n_layer': 'num_layers',
+      'n_head': 'num_heads',
+      'n_inner': 'd_ff',
+      'layer_norm_epsilon': 'norm_eps',
+      'n_positions': 'max_positions',
+      'n_ctx': 'max_positions',
+      'tie_word_embeddings': 'tied',
+    },
+    only=_HF_ONLY
+    | {
+      'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
+      'reorder_and_upcast_attn': (False,),
+      'scale_attn_by_inverse_layer_idx': (False,),
+      'scale_attn_weights': (True,),
+    },
+    harmless=_HF_HARMLESS,
+    # rope_theta: no rotation, but the field wants a number.
+    absent=dict(tied=True, rope_theta=10000.0),
+  ),
+  # GPT-2's linear layers are stored [in, out], unlike everybody else's.
+  keys=(
+    Key('embed/tokens', 'transformer.wte.weight', 'VD->VD'),
+    Key('embed/positions', 'transformer.wpe.weight', 'PD->PD'),
+    Key('layers/norm1/scale', 'transformer.h.{}.ln_1.weight', 'D->D'),
+    Key('layers/norm1/bias', 'transformer.h.{}.ln_1.bias', 'D->D'),
+    Key(_QKV, 'transformer.h.{}.attn.c_attn.weight', 'D(CNH)->CDNH'),
+    Key(_QKV_BIAS, 'transformer.h.{}.attn.c_attn.bias', '(CNH)->CNH'),
+    Key(
+      'layers/attention/out',
+      'transformer.h.{}.attn.c_proj.weight',
+      '(NH)D->NHD',
     ),
-    # GPT-2's linear layers are stored [in, out], unlike everybody else's.
-    keys=(
-        Key('embed/tokens', 'transformer.wte.weight', 'VD->VD'),
-        Key('embed/positions', 'transformer.wpe.weight', 'PD->PD'),
-        Key('layers/norm1/scale', 'transformer.h.{}.ln_1.weight', 'D->D'),
-        Key('layers/norm1/bias', 'transformer.h.{}.ln_1.bias', 'D->D'),
-        Key(_QKV, 'transformer.h.{}.attn.c_attn.weight', 'D(CNH)->CDNH'),
-        Key(_QKV_BIAS, 'transformer.h.{}.attn.c_attn.bias', '(CNH)->CNH'),
-        Key('layers/attention/out', 'transformer.h.{}.attn.c_proj.weight',
-            '(NH)D->NHD'),
-        Key('layers/attention/out_bias', 'transformer.h.{}.attn.c_proj.bias',
-            'D->D'),
-        Key('layers/norm2/scale', 'transformer.h.{}.ln_2.weight', 'D->D'),
-        Key('layers/norm2/bias', 'transformer.h.{}.ln_2.bias', 'D->D'),
-        Key('layers/mlp/up', 'transformer.h.{}.mlp.c_fc.weight', 'DF->DF'),
-        Key('layers/mlp/up_bias', 'transformer.h.{}.mlp.c_fc.bias', 'F->F'),
-        Key('layers/mlp/down', 'transformer.h.{}.mlp.c_proj.weight', 'FD->FD'),
-        Key('layers/mlp/down_bias', 'transformer.h.{}.mlp.c_proj.bias',
-            'D->D'),
-        Key('final_norm/scale', 'transformer.ln_f.weight', 'D->D'),
-        Key('final_norm/bias', 'transformer.ln_f.bias', 'D->D'),
-        Key('unembed', 'lm_head.weight', 'VD->VD',
-            when=lambda config: not config.tied),
+    Key(
+      'layers/attention/out_bias', 'transformer.h.{}.attn.c_proj.bias', 'D->D'
     ),
-    harmless_tensors=r'transformer\.h\.\d+\.attn\.(masked_)?bias',
-    hf_prefix='transformer.',
+    Key('layers/norm2/scale', 'transformer.h.{}.ln_2.weight', 'D->D'),
+    Key('layers/norm2/bias', 'transformer.h.{}.ln_2.bias', 'D->D'),
+    Key('layers/mlp/up', 'transformer.h.{}.mlp.c_fc.weight', 'DF->DF'),
+    Key('layers/mlp/up_bias', 'transformer.h.{}.mlp.c_fc.bias', 'F->F'),
+    Key('layers/mlp/down', 'transformer.h.{}.mlp.c_proj.weight', 'FD->FD'),
+    Key('layers/mlp/down_bias', 'transformer.h.{}.mlp.c_proj.bias', 'D->D'),
+    Key('final_norm/scale', 'transformer.ln_f.weight', 'D->D'),
+    Key('final_norm/bias', 'transformer.ln_f.bias', 'D->D'),
+    Key(
+      'unembed', 'lm_head.weight', 'VD->VD', when=lambda config: not config.tied
+    ),
+  ),
+  harmless_tensors=r'transformer\.h\.\d+\.attn\.(masked_)?bias',
+  hf_prefix='transformer.',
 )
 
 FAMILIES = {'llama': LLAMA, 'gpt2': GPT2}
@@ -266,39 +340,46 @@ def family_of(model_type: str) -> Family:
   """Return the family a Hugging Face `model_type` names, or refuse it."""
   if model_type in FAMILIES:
     return FAMILIES[model_type]
-  near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.)
+  near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
   raise ValueError(
-      f'model_type {model_type!r} is not supported; the nearest family is '
-      f'{near[0]!r} (families: {", ".join(sorted(FAMILIES))}).')
+    f'model_type {model_type!r} is not supported; the nearest family is '
+    f'{near[0]!r} (families: {", ".join(sorted(FAMILIES))}).'
+  )
 
 
 def config_from_hf(attributes: Mapping) -> transformer.TransformerConfig:
   """Translate the dict of a Hugging Face config.json, or refuse it."""
   if 'model_type' not in attributes:
-    raise ValueError('config.json has no model_type; add '
-                     f'one of {", ".join(sorted(FAMILIES))}.')
+    raise ValueError(
+      'config.json has no model_type; add '
+      f'one of {", ".join(sorted(FAMILIES))}.'
+    )
   family = family_of(attributes['model_type'])
-  return _translate(family, family.hf, attributes,
-                    f"{attributes['model_type']} config")
+  return _translate(
+    family, family.hf, attributes, f'{attributes["model_type"]} config'
+  )
 
 
 def config_from_gguf(
-    metadata: Mapping, shapes: Mapping) -> transformer.TransformerConfig:
+  metadata: Mapping, shapes: Mapping
+) -> transformer.TransformerConfig:
   """Translate GGUF metadata, given the shapes of the tensors in the file."""
   family = gguf_family(metadata)
   # What the metadata does not say, the tensors do.
   said = {
-      'vocab_size': shapes.get('token_embd.weight', (None,))[0],
-      'tied': 'output.weight' not in shapes,
-      'attention_bias': 'blk.0.attn_q.bias' in shapes,
+    'vocab_size': shapes.get('token_embd.weight', (None,))[0],
+    'tied': 'output.weight' not in shapes,
+    'attention_bias': 'blk.0.attn_q.bias' in shapes,
   }
   # Floats are stored in 32 bits: 9.999999747378752e-06 was 1e-05.
   attributes = {
-      name: float(str(np.float32(value))) if isinstance(value, float) else value
-      for name, value in metadata.items()
-      if not name.startswith(('general.', 'tokenizer.', 'GGUF.', 'quantize.'))}
+    name: float(str(np.float32(value))) if isinstance(value, float) else value
+    for name, value in metadata.items()
+    if not name.startswith(('general.', 'tokenizer.', 'GGUF.', 'quantize.'))
+  }
   schema = dataclasses.replace(
-      family.gguf, absent={**family.gguf.absent, **said})
+    family.gguf, absent={**family.gguf.absent, **said}
+  )
   return _translate(family, schema, attributes, 'GGUF metadata')
 
 
@@ -308,8 +389,9 @@ def gguf_family(metadata: Mapping) -> Family:
   architecture = metadata.get('general.architecture')
   if architecture not in known:
     raise ValueError(
-        f'GGUF general.architecture {architecture!r} is not supported (only '
-        f'{", ".join(known)}); load the Hugging Face folder instead.')
+      f'GGUF general.architecture {architecture!r} is not supported (only '
+      f'{", ".join(known)}); load the Hugging Face folder instead.'
+    )
   return FAMILIES[architecture]
 
 
@@ -325,8 +407,10 @@ def _flat(attributes: Mapping, prefix: str = '') -> dict:
 
 
 def _translate(family, schema, attributes, source):
-  types = {field.name: field.type
-           for field in dataclasses.fields(transformer.TransformerConfig)}
+  types = {
+    field.name: field.type
+    for field in dataclasses.fields(transformer.TransformerConfig)
+  }
   values, problems = {}, []
   for name, value in _flat(attributes).items():
     if name in schema.fields:
@@ -337,8 +421,9 @@ def _translate(family, schema, attributes, source):
       if wrong:
         problems.append(f'{name} = {value!r} ({wrong})')
       elif values.setdefault(field, value) != value:
-        problems.append(f'{name} = {value!r} (another attribute says '
-                        f'{values[field]!r})')
+        problems.append(
+          f'{name} = {value!r} (another attribute says {values[field]!r})'
+        )
     elif name in schema.only:
       if value not in schema.only[name]:
         allowed = ' or '.join(repr(v) for v in schema.only[name])
@@ -346,8 +431,9 @@ def _translate(family, schema, attributes, source):
     elif name not in schema.harmless:
       problems.append(f'{name} = {value!r} (unknown attribute)')
   values = {**schema.absent, **family.fixed, **values}
-  values = {field: value for field, value in values.items()
-            if value is not None}
+  values = {
+    field: value for field, value in values.items() if value is not None
+  }
   heads, width = values.get('num_heads'), values.get('d_model')
   if heads and width:
     values.setdefault('num_kv_heads', heads)
@@ -356,18 +442,21 @@ def _translate(family, schema, attributes, source):
       problems.append(f'width {width} is not divisible by {heads} heads')
     values.setdefault('head_dim', width // heads)
     if heads % values['num_kv_heads']:
-      problems.append(f"{heads} query heads cannot share "
-                      f"{values['num_kv_heads']} key-value heads")
+      problems.append(
+        f'{heads} query heads cannot share '
+        f'{values["num_kv_heads"]} key-value heads'
+      )
   if values['positions'] == 'rotary' and values.get('head_dim', 0) % 2:
-    problems.append(f"rotary needs an even head_dim, not {values['head_dim']}")
+    problems.append(f'rotary needs an even head_dim, not {values["head_dim"]}')
   for field in dataclasses.fields(transformer.TransformerConfig):
     if field.default is dataclasses.MISSING and field.name not in values:
       names = [a for a, f in schema.fields.items() if f == field.name]
       if field.name != 'head_dim':  # Follows from two that are missing too.
         problems.append(f'{" or ".join(names)} is missing')
   if problems:
-    raise ValueError(f'{source} cannot be translated faithfully:\n  '
-                     + '\n  '.join(problems))
+    raise ValueError(
+      f'{source} cannot be translated faithfully:\n  ' + '\n  '.join(problems)
+    )
   values['rope_theta'] = float(values['rope_theta'])
   values['norm_eps'] = float(values['norm_eps'])
   return transformer.TransformerConfig(**values)
@@ -396,47 +485,79 @@ def from_hf(tensors: Mapping, config, *, family: Family, dtype='float32'):
   lazy file is never in memory as a whole.
   """
   if family.hf_prefix and not any(
-      name.startswith(family.hf_prefix) for name in tensors):
+    name.startswith(family.hf_prefix) for name in tensors
+  ):
     tensors = {
-        name if name.startswith('lm_head.') else family.hf_prefix + name: value
-        for name, value in tensors.items()}
+      name if name.startswith('lm_head.') else family.hf_prefix + name: value
+      for name, value in tensors.items()
+    }
   if config.tied and 'lm_head.weight' in tensors:
     embed = next(key.hf for key in family.keys if key.paths == 'embed/tokens')
-    if embed in tensors and np.array_equal(tensors['lm_head.weight'],
-                                           tensors[embed]):
-      tensors = {name: value for name, value in tensors.items()
-                 if name != 'lm_head.weight'}
+    if embed in tensors and np.array_equal(
+      tensors['lm_head.weight'], tensors[embed]
+    ):
+      tensors = {
+        name: value
+        for name, value in tensors.items()
+        if name != 'lm_head.weight'
+      }
     else:
       raise ValueError(
-          'config.json ties the unembedding (tie_word_embeddings) but '
-          'lm_head.weight differs from the embedding; set '
-          'tie_word_embeddings to false if the checkpoint is right.')
+        'config.json ties the unembedding (tie_word_embeddings) but '
+        'lm_head.weight differs from the embedding; set '
+        'tie_word_embeddings to false if the checkpoint is right.'
+      )
   return layouts.read(
-      tensors, _hf_table(family, config), _sizes(config),
-      layers=config.num_layers, harmless=family.harmless_tensors, dtype=dtype)
+    tensors,
+    _hf_table(family, config),
+    _sizes(config),
+    layers=config.num_layers,
+    harmless=family.harmless_tensors,
+    dtype=dtype,
+  )
 
 
 def from_gguf(tensors: Mapping, config, *, family: Family, dtype='float32'):
   """Build our parameters from dequantized GGUF tensors, row-major."""
   table = [
-      layouts.Row(key.gguf, key.gguf_layout or key.layout, key.paths.split())
-      for key in family.keys if key.when(config)]
-  return layouts.read(tensors, table, _sizes(config), layers=config.num_layers,
-                      harmless=r'(?!)', dtype=dtype)
+    layouts.Row(key.gguf, key.gguf_layout or key.layout, key.paths.split())
+    for key in family.keys
+    if key.when(config)
+  ]
+  return layouts.read(
+    tensors,
+    table,
+    _sizes(config),
+    layers=config.num_layers,
+    harmless=r'(?!)',
+    dtype=dtype,
+  )
 
 
 def to_hf(params: Mapping, config, *, family: Family) -> dict:
   """Return the Hugging Face tensors of our parameters: `from_hf` reversed."""
-  return layouts.write(params, _hf_table(family, config), _sizes(config),
-                       layers=config.num_layers)
+  return layouts.write(
+    params, _hf_table(family, config), _sizes(config), layers=config.num_layers
+  )
 
 
 def _hf_table(family, config):
-  return [layouts.Row(key.hf, key.layout, key.paths.split())
-          for key in family.keys if key.when(config)]
+  return [
+    layouts.Row(key.hf, key.layout, key.paths.split())
+    for key in family.keys
+    if key.when(config)
+  ]
 
 
 def _sizes(config) -> dict[str, int]:
-  return {'V': config.vocab_size, 'D': config.d_model, 'N': config.num_heads,
-          'K': config.num_kv_heads, 'H': config.head_dim, 'F': config.d_ff,
-          'P': config.max_positions, 'I': 2, 'J': config.head_dim // 2}
+  return {
+    'V': config.vocab_size,
+    'D': config.d_model,
+    'N': config.num_heads,
+    'K': config.num_kv_heads,
+    'H': config.head_dim,
+    'F': config.d_ff,
+    'P': config.max_positions,
+    'I': 2,
+    'J': config.head_dim // 2,
+  }

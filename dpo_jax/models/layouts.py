@@ -48,15 +48,20 @@ def read(tensors: Mapping, table, sizes, *, layers: int, harmless: str, dtype):
     if name not in tensors:
       problems.append(f'missing: {name} {shape}')
     elif tuple(tensors[name].shape) != shape:
-      problems.append(f'misshapen: {name} is {tuple(tensors[name].shape)}, '
-                      f'the config says {shape}')
-  problems += [f'extra: {name} {tuple(tensors[name].shape)}'
-               for name in tensors
-               if name not in wanted and not re.fullmatch(harmless, name)]
+      problems.append(
+        f'misshapen: {name} is {tuple(tensors[name].shape)}, '
+        f'the config says {shape}'
+      )
+  problems += [
+    f'extra: {name} {tuple(tensors[name].shape)}'
+    for name in tensors
+    if name not in wanted and not re.fullmatch(harmless, name)
+  ]
   if problems:
-    raise ValueError(f'{len(problems)} tensors do not fit the config: the '
-                     'checkpoint is incomplete or another model\'s.\n  '
-                     + '\n  '.join(problems))
+    raise ValueError(
+      f'{len(problems)} tensors do not fit the config: the '
+      "checkpoint is incomplete or another model's.\n  " + '\n  '.join(problems)
+    )
   params = {}
   for row in table:
     theirs, ours = row.layout.split('->')
@@ -67,7 +72,8 @@ def read(tensors: Mapping, table, sizes, *, layers: int, harmless: str, dtype):
       array = _arrange(np.asarray(tensors[name]), theirs, ours, local)
       for i, part in enumerate(parts):
         part[layer if row.stacked else ...] = (
-            array[i] if ours.startswith('C') else array)
+          array[i] if ours.startswith('C') else array
+        )
     for path, part in zip(row.paths, parts, strict=True):
       _put(params, path, part)
   return params
@@ -83,8 +89,7 @@ def write(params: Mapping, table, sizes, *, layers: int) -> dict:
     for layer, name in enumerate(row.names(layers)):
       arrays = [part[layer] if row.stacked else part for part in parts]
       whole = np.stack(arrays) if ours.startswith('C') else arrays[0]
-      tensors[name] = np.ascontiguousarray(
-          _arrange(whole, ours, theirs, local))
+      tensors[name] = np.ascontiguousarray(_arrange(whole, ours, theirs, local))
   return tensors
 
 

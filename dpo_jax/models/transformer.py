@@ -59,29 +59,30 @@ class TransformerConfig:
 
   def __post_init__(self):
     for name, legal in [
-        ('norm', NORMS),
-        ('positions', POSITIONS),
-        ('mlp', MLPS),
-        ('remat', REMATS),
+      ('norm', NORMS),
+      ('positions', POSITIONS),
+      ('mlp', MLPS),
+      ('remat', REMATS),
     ]:
       if getattr(self, name) not in legal:
         raise ValueError(
-            f'model.{name} is {getattr(self, name)!r}; use one of {legal}'
+          f'model.{name} is {getattr(self, name)!r}; use one of {legal}'
         )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-          f'num_heads {self.num_heads} is not a multiple of num_kv_heads'
-          f' {self.num_kv_heads}'
+        f'num_heads {self.num_heads} is not a multiple of num_kv_heads'
+        f' {self.num_kv_heads}'
       )
 
 
-def _weight(module, name, shape, axes, init=nn.initializers.normal(0.02)):
+def _declare(init, module, name, shape, axes):
   """Declares a float32 parameter once: shape, logical axes, initializer."""
   init = nn.with_logical_partitioning(init, axes)
   return module.param(name, init, shape).astype(module.config.dtype)
 
 
-_bias = functools.partial(_weight, init=nn.initializers.zeros)
+_weight = functools.partial(_declare, nn.initializers.normal(0.02))
+_bias = functools.partial(_declare, nn.initializers.zeros)
 
 
 def rotary_tables(positions_BT, *, head_dim, theta):
@@ -95,7 +96,7 @@ def rotate(x_BTNH, cos, sin):
   """Rotary position embedding, half-split form (arXiv:2104.09864)."""
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return rotated.astype(x_BTNH.dtype)
 
@@ -127,7 +128,7 @@ class Attention(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x_BTD, rope, lo_BT, hi_BT, cache, cache_index):
+  def __call__(self, x_BTD, layer, rope, lo_BT, hi_BT, cache, cache_index):
     cfg = self.config
     D, H = cfg.d_model, cfg.head_dim
     N, K = cfg.num_heads, cfg.num_kv_heads
@@ -148,12 +149,13 @@ class Attention(nn.Module):
     if cache is None:
       keys, values = key_BTKH, value_BTKH
     else:
-      insert = functools.partial(
-          jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1
-      )
-      keys = insert(cache['key'], key_BTKH)
-      values = insert(cache['value'], value_BTKH)
-      cache = {'key': keys, 'value': values}
+      start = (layer, 0, cache_index, 0, 0)
+      insert = jax.lax.dynamic_update_slice
+      cache = {
+        'key': insert(cache['key'], key_BTKH[None], start),
+        'value': insert(cache['value'], value_BTKH[None], start),
+      }
+      keys, values = cache['key'][layer], cache['value'][layer]
     attend = attention.interval_attention
     if cfg.remat == 'attention':
       attend = jax.checkpoint(attend, prevent_cse=False)
@@ -189,19 +191,31 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One pre-norm layer; `cache` is scanned, the rest is shared by layers."""
+  """One pre-norm layer.
+
+  The cache of all layers is carried, not scanned in and out: a layer then
+  writes its new slots in place instead of copying its whole cache.
+  """
 
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x_BTD, cache, rope, lo_BT, hi_BT, cache_index):
+  def __call__(self, carry, layer, rope, lo_BT, hi_BT, cache_index):
     cfg = self.config
+    x_BTD, cache = carry
     y_BTD, cache = Attention(cfg, name='attention')(
-        Norm(cfg, name='norm1')(x_BTD), rope, lo_BT, hi_BT, cache, cache_index
+      Norm(cfg, name='norm1')(x_BTD),
+      layer,
+      rope,
+      lo_BT,
+      hi_BT,
+      cache,
+      cache_index,
     )
     x_BTD += y_BTD
     x_BTD += Mlp(cfg, name='mlp')(Norm(cfg, name='norm2')(x_BTD))
-    return nn.with_logical_constraint(x_BTD, ('rows', 'time', 'embed')), cache
+    x_BTD = nn.with_logical_constraint(x_BTD, ('rows', 'time', 'embed'))
+    return (x_BTD, cache), None
 
 
 class Embed(nn.Module):
@@ -227,14 +241,14 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      tokens_BT,
-      positions_BT,
-      lo_BT,
-      hi_BT,
-      *,
-      cache=None,
-      cache_index=None,
+    self,
+    tokens_BT,
+    positions_BT,
+    lo_BT,
+    hi_BT,
+    *,
+    cache=None,
+    cache_index=None,
   ):
     """Returns hidden states [B, T, D] after the final norm.
 
@@ -247,21 +261,28 @@ class Transformer(nn.Module):
     rope = None
     if cfg.positions == 'rotary':
       rope = rotary_tables(
-          positions_BT, head_dim=cfg.head_dim, theta=cfg.rope_theta
+        positions_BT, head_dim=cfg.head_dim, theta=cfg.rope_theta
       )
     block = Block
     if cfg.remat == 'full':
       block = nn.remat(Block, prevent_cse=False)
     layers = nn.scan(
-        block,
-        variable_axes={'params': 0},
-        split_rngs={'params': True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-        length=cfg.num_layers,
-        unroll=cfg.scan_unroll,
-        metadata_params={nn.PARTITION_NAME: 'layers'},
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=cfg.num_layers,
+      unroll=cfg.scan_unroll,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
     )(cfg, name='layers')
-    x_BTD, new_cache = layers(x_BTD, cache, rope, lo_BT, hi_BT, cache_index)
+    (x_BTD, new_cache), _ = layers(
+      (x_BTD, cache),
+      jnp.arange(cfg.num_layers),
+      rope,
+      lo_BT,
+      hi_BT,
+      cache_index,
+    )
     hidden_BTD = Norm(cfg, name='final_norm')(x_BTD)
     if not cfg.tied:  # declared here, used by `unembedding`
       shape = (cfg.vocab_size, cfg.d_model)
@@ -277,15 +298,15 @@ def unembedding(params):
 def init_cache(config, *, rows, slots):
   """Returns an empty key/value cache of [L, rows, slots, K, H] arrays."""
   shape = (
-      config.num_layers,
-      rows,
-      slots,
-      config.num_kv_heads,
-      config.head_dim,
+    config.num_layers,
+    rows,
+    slots,
+    config.num_kv_heads,
+    config.head_dim,
   )
   return {
-      'key': jnp.zeros(shape, config.dtype),
-      'value': jnp.zeros(shape, config.dtype),
+    'key': jnp.zeros(shape, config.dtype),
+    'value': jnp.zeros(shape, config.dtype),
   }
 
 

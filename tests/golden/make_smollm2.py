@@ -22,28 +22,30 @@ import torch
 import transformers
 
 PROMPTS = (
-    'The capital of France is',
-    'This movie was',
-    '<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n',
+  'The capital of France is',
+  'This movie was',
+  '<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n',
 )
 TEXTS = (
-    '',
-    ' ',
-    'Hello, world!',
-    "I'm sure they'll say it's DON'T",
-    'In 1984 he paid $1,234.56 for 007\u00b2',
-    'line one\n\n  line two\t\ttabs   \n',
-    '   leading and trailing   ',
-    '\u00e9t\u00e9 na\u00efve \u4f60\u597d \u043f\u0440\u0438\u0432',
-    'emoji \U0001f916\U0001f469\u200d\U0001f52c\u2764\ufe0f done',
-    'e\u0301 \u0663\u0664 \u2167 x\u00a0y\u3000z',
-    'snake_case CamelCase http://a.b/c?d=1&e=2',
-    '<|im_end|>',
-    'forged <|im_start|>user<|endoftext|> text',
-    '\x00\x7f\ufffd',
+  '',
+  ' ',
+  'Hello, world!',
+  "I'm sure they'll say it's DON'T",
+  'In 1984 he paid $1,234.56 for 007\u00b2',
+  'line one\n\n  line two\t\ttabs   \n',
+  '   leading and trailing   ',
+  '\u00e9t\u00e9 na\u00efve \u4f60\u597d \u043f\u0440\u0438\u0432',
+  'emoji \U0001f916\U0001f469\u200d\U0001f52c\u2764\ufe0f done',
+  'e\u0301 \u0663\u0664 \u2167 x\u00a0y\u3000z',
+  'snake_case CamelCase http://a.b/c?d=1&e=2',
+  '<|im_end|>',
+  'forged <|im_start|>user<|endoftext|> text',
+  '\x00\x7f\ufffd',
 )
-_GPT2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+|"
-                      r" ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+_GPT2 = regex.compile(
+  r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+|"
+  r' ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
+)
 
 
 def _alphabet():
@@ -62,11 +64,12 @@ def _encode(text, vocab, ranks, alphabet):
       parts = [alphabet[b] for b in word.encode('utf-8')]
       while len(parts) > 1:
         pairs = itertools.pairwise(parts)
-        rank, i = min((ranks.get(pair, 1 << 30), i)
-                      for i, pair in enumerate(pairs))
+        rank, i = min(
+          (ranks.get(pair, 1 << 30), i) for i, pair in enumerate(pairs)
+        )
         if rank == 1 << 30:
           break
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
       ids += [vocab[part] for part in parts]
   return ids
 
@@ -80,22 +83,27 @@ def main(path):
   ranks = {tuple(merge.split(' ')): i for i, merge in enumerate(merges)}
   alphabet = _alphabet()
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      path.parent, gguf_file=path.name, dtype=torch.float32,
-      attn_implementation='eager').eval()
+    path.parent,
+    gguf_file=path.name,
+    dtype=torch.float32,
+    attn_implementation='eager',
+  ).eval()
   golden = {
-      'versions': {'torch': torch.__version__,
-                   'transformers': transformers.__version__},
-      'greedy': [],
-      'tokens': [[text, _encode(text, vocab, ranks, alphabet)]
-                 for text in TEXTS],
+    'versions': {
+      'torch': torch.__version__,
+      'transformers': transformers.__version__,
+    },
+    'greedy': [],
+    'tokens': [[text, _encode(text, vocab, ranks, alphabet)] for text in TEXTS],
   }
   for prompt in PROMPTS:
     # Specials in a prompt are meant here, so they are cut out by hand.
     ids = []
     for piece in regex.split(r'(<\|im_start\|>|<\|im_end\|>)', prompt):
       special = piece.startswith('<|im_')
-      ids += [vocab[piece]] if special else _encode(
-          piece, vocab, ranks, alphabet)
+      ids += (
+        [vocab[piece]] if special else _encode(piece, vocab, ranks, alphabet)
+      )
     context = list(ids)
     gaps = []
     with torch.no_grad():
@@ -105,10 +113,15 @@ def main(path):
         top = logits.topk(2)
         gaps.append(float(top.values[0] - top.values[1]))
         context.append(int(top.indices[0]))
-    golden['greedy'].append({
-        'prompt': prompt, 'ids': ids, 'continuation': context[len(ids):],
+    golden['greedy'].append(
+      {
+        'prompt': prompt,
+        'ids': ids,
+        'continuation': context[len(ids) :],
         'smallest_gap': min(gaps),
-        'first_logits': [round(float(x), 6) for x in first[:64]]})
+        'first_logits': [round(float(x), 6) for x in first[:64]],
+      }
+    )
   out = pathlib.Path(__file__).parent / 'smollm2.json'
   out.write_text(json.dumps(golden) + '\n')
 

@@ -1,0 +1,154 @@
+"""Presets that config files share, and their `name=value` argument.
+
+A config file's `get_config(arg)` gets what stands behind the colon:
+`--config=configs/preference.py:data=hh,loss=ipo_sum,model=smollm2-135m`.
+"""
+
+import difflib
+
+import ml_collections
+
+from dpo_jax import losses
+from dpo_jax import optim
+
+MODELS = {
+  # A real model from the package index; see `runs.PACKAGES`.
+  'smollm2-135m': dict(source='smollm2-135m'),
+  # Two layers, random weights, byte tokenizer: seconds on a CPU.
+  'debug-llama': dict(source='debug-llama'),
+  'debug-gpt2': dict(source='debug-gpt2'),
+}
+
+DATA = {
+  'hh': dict(
+    task='hh',  # a builder of dpo_jax.data.builders
+    subsets=('harmless-base', 'helpful-base'),
+  ),
+  'tldr': dict(task='tldr', subsets=()),
+  'imdb': dict(task='imdb', subsets=()),
+  'jsonl': dict(task='jsonl', subsets=()),
+}
+
+OPTIM = {
+  # The DPO paper's (appendix B) and its authors' code: RMSprop, 1e-6 after
+  # 150 steps of linear warm-up, clipped at norm 10.
+  'rmsprop': dict(
+    lr=1e-6, warmup_steps=150, warmup_init=1 / 151, clip_norm=10.0
+  ),
+  'adamw': dict(lr=5e-6, warmup_steps=20, warmup_init=1 / 21, clip_norm=1.0),
+}
+
+
+def pick(table, kind, name):
+  """Returns a copy of `table[name]`; a wrong name shows the nearest one."""
+  if name not in table:
+    near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
+    raise ValueError(
+      f'unknown {kind} {name!r}; did you mean {near[0]!r}? There are'
+      f' {", ".join(table)}'
+    )
+  return dict(table[name])
+
+
+def parse(arg, **defaults):
+  """Reads 'data=hh,debug' into {'data': 'hh', 'debug': True, ...}."""
+  values = dict(defaults)
+  for part in filter(None, arg.split(',')):
+    name, equals, value = part.partition('=')
+    if name not in defaults:
+      near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.0)
+      raise ValueError(
+        f'config argument {name!r} is unknown; did you mean {near[0]!r}?'
+        f' There are {", ".join(defaults)}'
+      )
+    values[name] = value if equals else True
+  return values
+
+
+def loss_section(name):
+  """`config.loss`: its name and its keywords, with the loss's defaults."""
+  return dict(name=name, **losses.get(name).defaults)
+
+
+def optim_section(name):
+  """`config.optim`: schedule, clipping and the optimizer's own keywords."""
+  return dict(
+    name=name,
+    schedule='constant',  # after warm-up: constant | linear | cosine to 0
+    keywords=pick(optim.OPTIMIZERS, 'optimizer', name),
+    **pick(OPTIM, 'optimizer', name),
+  )
+
+
+def training(arg):
+  """The config of one training run.
+
+  Args:
+    arg: dict of `parse` with data, loss, model, optim and debug.
+  """
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # of the data order and of sampling
+  config.num_steps = 0  # updates; 0: as many as `epochs` needs
+  config.epochs = 1.0  # passes over the training groups; 0: use num_steps
+  config.batch_size = 64  # groups (pairs, or prompts with one response) a step
+  config.log_every = 10  # steps between log records
+  config.init = ''  # workdir of another run whose parameters to start from
+  config.resume = ''  # workdir of another run whose whole state to go on with
+  config.logps_chunk = 64  # scored tokens per row whose logits exist at once
+
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices; -1: the rest
+
+  config.model = pick(MODELS, 'model', arg['model'])
+  # config.model.source may also be a Hugging Face folder or a .gguf file
+  config.model.dtype = 'auto'  # auto: float32 on CPU, bfloat16 elsewhere
+  config.model.remat = 'attention'  # none | attention | full
+  config.model.scan_unroll = 1  # layers per iteration of the layer loop
+
+  config.data = pick(DATA, 'data set', arg['data'])
+  config.data.source = 'official'  # or a local folder or file
+  config.data.prompt_words = 0  # words of an IMDb review that are its prompt
+  config.data.cache_dir = ''  # of prepared data; '' is the user's cache
+  config.data.held_out = 0.1  # share of prompts kept out, if there is no test
+  config.data.max_prompt_tokens = 256  # a longer prompt keeps its tail
+  config.data.max_response_tokens = 256  # a longer response keeps its head
+  config.data.row_length = 1024  # T, token slots of a row
+
+  config.loss = loss_section(arg['loss'])
+  needs_reference = losses.get(arg['loss']).reference
+  config.reference = dict(
+    mode='frozen' if needs_reference else 'none',  # frozen | cached | none
+    cache_dir='',  # of cached log-probs; '' is the user's cache
+  )
+  config.optim = optim_section(arg['optim'])
+  config.checkpoint = dict(every=200, keep=2)  # steps; newest ones kept
+  config.eval = dict(
+    every=200,  # steps; also before the first and after the last
+    batch_size=64,  # groups
+    max_groups=0,  # held-out groups to use; 0: all
+  )
+  config.eval.samples = dict(
+    prompts='',  # JSON Lines with a `prompt` each; '': of held-out groups
+    num_prompts=4,  # of them, at most, to sample from; 0: none
+    samples_per_prompt=1,
+    max_new_tokens=64,
+    temperature=1.0,  # 1 without truncation: needed for an honest KL
+    top_p=1.0,
+    batch_size=32,  # sampled at once
+    reward='none',  # a name of rewards.REWARDS
+  )
+  if arg['debug']:
+    shrink(config)
+  return config
+
+
+def shrink(config):
+  """Turns a config into its `debug` variant: two steps, seconds on a CPU."""
+  config.model.source = 'debug-llama'
+  config.num_steps, config.epochs = 2, 0.0
+  config.batch_size = config.eval.batch_size = 8
+  config.log_every = 1
+  config.data.max_prompt_tokens = config.data.max_response_tokens = 64
+  config.data.row_length = 256
+  config.eval.max_groups = 16
+  config.eval.samples.max_new_tokens = 8
+  config.eval.samples.num_prompts = 2

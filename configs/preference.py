@@ -1,0 +1,25 @@
+"""Preference training on one data set.
+
+    dpo-jax train --workdir=runs/hh \
+        --config=configs/preference.py:data=hh,loss=dpo,model=smollm2-135m
+
+Arguments behind the colon, with what they may be:
+  data: hh, tldr, jsonl        loss: a pairwise name of dpo_jax/losses.py
+  model: common.MODELS         optim: rmsprop (the DPO paper's), adamw
+  debug: two steps of a tiny random model, seconds on a CPU
+"""
+
+from configs import common
+
+
+def get_config(arg=''):
+  return common.training(
+    common.parse(
+      arg,
+      data='hh',
+      loss='dpo',
+      model='smollm2-135m',
+      optim='rmsprop',
+      debug=False,
+    )
+  )

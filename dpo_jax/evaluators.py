@@ -1,0 +1,206 @@
+"""Measurements of a policy: held-out groups, and what it writes.
+
+An evaluator is a function params -> {'name': number}; `train` calls it on a
+schedule and `main` on a finished run.
+"""
+
+import jax
+import numpy as np
+
+from dpo_jax import logps
+from dpo_jax import objectives
+from dpo_jax import rewards
+from dpo_jax import sampling
+from dpo_jax import sharding
+from dpo_jax.data import batches
+from dpo_jax.data import examples
+
+_COUNTS = ('groups', 'scored_tokens')
+
+
+def means(totals):
+  """Sums over groups (see `objectives.make_sums`) -> means per group.
+
+  `nll_tokens` becomes `token_nll`, the mean per scored token.
+  """
+  out = {
+    name: value / totals['groups']
+    for name, value in totals.items()
+    if name not in (*_COUNTS, 'nll_tokens')
+  }
+  if 'nll_tokens' in totals:
+    out['token_nll'] = totals['nll_tokens'] / totals['scored_tokens']
+  return out
+
+
+def make_heldout(sums, plan, mesh, *, ref_values):
+  """Returns the evaluator of the objective on every group of `plan`.
+
+  Args:
+    sums: of `objectives.make_sums`.
+    plan: an evaluation plan.
+    mesh: devices.
+    ref_values: cached reference log-probs of `plan.groups`, or None.
+
+  The evaluator takes (params, ref_params) and adds `rewards/accuracy_se`, the
+  binomial standard error, to the means.
+  """
+  step = jax.jit(sums, out_shardings=sharding.replicated(mesh))
+
+  def evaluate(params, ref_params):
+    totals = {}
+    for number in range(plan.num_steps):
+      batch = put_batch(plan, number, mesh, ref_values=ref_values)
+      sums_here = jax.device_get(step(params, ref_params, batch))
+      for name, value in sums_here.items():
+        totals[name] = totals.get(name, 0.0) + float(value)
+    out = means(totals)
+    if 'rewards/accuracy' in out:
+      accuracy = out['rewards/accuracy']
+      out['rewards/accuracy_se'] = np.sqrt(
+        accuracy * (1 - accuracy) / totals['groups']
+      )
+    out['groups'] = totals['groups']
+    return out
+
+  return evaluate
+
+
+def put_batch(plan, step, mesh, *, ref_values=None):
+  """Builds this process's rows of a batch and joins them over processes."""
+  batch = plan.batch(
+    step, process=jax.process_index(), processes=jax.process_count()
+  )
+  if ref_values is not None:
+    starts = batches.offsets(plan.groups)
+    batch['ref_token_logps'] = batches.place(ref_values, starts, batch)
+  return sharding.put_rows(batch, mesh)
+
+
+def make_sequence_kl(model_config, mesh, *, chunk):
+  """Returns (params, ref_params, plan) -> KL per group of the plan, nats.
+
+  Groups hold one sampled response each. The KL of a group is the sum over its
+  tokens of the full-vocabulary KL(policy || reference): on samples of the
+  policy at temperature 1 its mean is the Rao-Blackwellized estimator of the
+  sequence KL.
+  """
+  scored = objectives.make_scored(model_config)
+
+  def kl_of_groups(params, ref_params, batch):
+    kls_RS = logps.token_kls(
+      *scored(params, batch), *scored(ref_params, batch), chunk=chunk
+    )
+    G = batch['mask'].shape[1]
+    return logps.sum_by_slot(kls_RS, batch['slot'], num_slots=G)
+
+  step = jax.jit(kl_of_groups, out_shardings=sharding.replicated(mesh))
+
+  def sequence_kl(params, ref_params, plan):
+    out = np.zeros(len(plan.groups))
+    for number in range(plan.num_steps):
+      batch = put_batch(plan, number, mesh)
+      kls_RG = np.asarray(step(params, ref_params, batch))
+      groups_RG = plan.batch(number)['group']
+      out[groups_RG[groups_RG >= 0]] = kls_RG[groups_RG >= 0]
+    return out
+
+  return sequence_kl
+
+
+def response_texts(samples, tokenizer):
+  """Decodes `sampling.Samples`, without the EOS that ended a response."""
+  return [
+    tokenizer.decode(response[: len(response) - ended])
+    for response, ended in zip(samples.responses(), samples.ended)
+  ]
+
+
+def make_samples(
+  model_config,
+  tokenizer,
+  prompts,
+  mesh,
+  *,
+  chunk,
+  seed,
+  samples_per_prompt,
+  max_new_tokens,
+  temperature,
+  top_p,
+  batch_size,
+  reward,
+):
+  """Returns the evaluator that samples from held-out prompts and scores.
+
+  Args:
+    model_config: of the policy.
+    tokenizer: of the model.
+    prompts: int32 arrays.
+    mesh: devices.
+    chunk: see `logps.token_kls`.
+    seed: of the samples; the same at every call, so that two policies are
+      compared on the same randomness.
+    samples_per_prompt: samples of each.
+    max_new_tokens: where a sample is cut.
+    temperature: 1 with top_p 1 samples the policy itself; only then is `kl`
+      reported.
+    top_p: nucleus.
+    batch_size: samples computed at once.
+    reward: name of a reward, or 'none'.
+
+  The evaluator maps (params, ref_params, number) to (values, records): means
+  over samples with standard errors over prompts, and every text.
+  """
+  repeated = [p for p in prompts for _ in range(samples_per_prompt)]
+  score = None if reward == 'none' else rewards.get(reward)
+  honest = temperature == 1.0 and top_p == 1.0
+  sequence_kl = make_sequence_kl(model_config, mesh, chunk=chunk)
+  longest = max(map(len, prompts))
+
+  def evaluate(params, ref_params, number):
+    del number
+    samples = sampling.generate(
+      model_config,
+      params,
+      repeated,
+      key=jax.random.key(seed),
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      top_p=top_p,
+      eos_id=tokenizer.eos_id,
+      batch_size=batch_size,
+    )
+    responses = samples.responses()
+    columns = {'length': samples.lengths, 'ended': samples.ended}
+    if honest:
+      plan = batches.uniform_plan(
+        [
+          examples.Group(prompt, (response,), 1.0, 1.0, '')
+          for prompt, response in zip(repeated, responses)
+        ],
+        max_prompt=longest,
+        max_response=max_new_tokens,
+        row_groups=1,
+        batch_rows=batch_size,
+        multiple=sharding.row_shards(mesh),
+      )
+      columns['kl'] = sequence_kl(params, ref_params, plan)
+    texts = response_texts(samples, tokenizer)
+    prompt_texts = [tokenizer.decode(prompt) for prompt in repeated]
+    if score:
+      columns['reward'] = rewards.score(score, prompt_texts, texts)
+    values = {'distinct_2': rewards.distinct_n(texts, 2)}
+    for name, column in columns.items():
+      by_prompt = np.reshape(column, (len(prompts), -1)).mean(1)
+      values[name] = by_prompt.mean()
+      if len(prompts) > 1:
+        values[f'{name}_se'] = by_prompt.std(ddof=1) / len(prompts) ** 0.5
+    records = [
+      {'prompt': prompt, 'response': text}
+      | {name: float(column[i]) for name, column in columns.items()}
+      for i, (prompt, text) in enumerate(zip(prompt_texts, texts))
+    ]
+    return values, records
+
+  return evaluate

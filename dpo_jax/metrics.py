@@ -1,0 +1,79 @@
+"""Where numbers go: the screen, JSON Lines files and TensorBoard.
+
+metrics.jsonl has one record {'step': n, 'split/quantity': number, ...} a line;
+samples.jsonl has one sampled text a line.
+"""
+
+import json
+import os
+
+import tensorboardX
+import tqdm
+
+# What a person wants to see of a training step, in this order.
+_SCREEN = (
+  'train/loss',
+  'train/rewards/accuracy',
+  'train/rewards/margin',
+  'train/grad_norm',
+  'train/pairs_per_second',
+)
+
+
+def read(workdir, name='metrics.jsonl'):
+  """Returns the records of a run's JSON Lines file, [] where there is none."""
+  path = os.path.join(workdir, name)
+  if not os.path.exists(path):
+    return []
+  with open(path) as f:
+    # A kill may cut the last line short; its step will be repeated.
+    return [json.loads(line) for line in f if line.endswith('\n')]
+
+
+def _open(workdir, name, after):
+  """Opens a file to append to, without what came after step `after`."""
+  records = [r for r in read(workdir, name) if r['step'] <= after]
+  path = os.path.join(workdir, name)
+  with open(path + '.tmp', 'w') as f:
+    f.writelines(json.dumps(record) + '\n' for record in records)
+  os.replace(path + '.tmp', path)
+  return open(path, 'a')
+
+
+class Writer:
+  """Writes records of one run.
+
+  What an earlier, killed process wrote after step `after` is removed, so that
+  a resumed run's files equal an uninterrupted one's.
+  """
+
+  def __init__(self, workdir, *, after):
+    self._metrics = _open(workdir, 'metrics.jsonl', after)
+    self._samples = _open(workdir, 'samples.jsonl', after)
+    self._tensorboard = tensorboardX.SummaryWriter(
+      os.path.join(workdir, 'tensorboard'), purge_step=after + 1
+    )
+
+  def write(self, step, values, samples=()):
+    """Writes one record and its sampled texts; shows the main numbers."""
+    if not values:
+      return
+    values = {name: float(value) for name, value in values.items()}
+    self._metrics.write(json.dumps({'step': step, **values}) + '\n')
+    self._metrics.flush()
+    for sample in samples:
+      self._samples.write(json.dumps({'step': step, **sample}) + '\n')
+    self._samples.flush()
+    for name, value in values.items():
+      self._tensorboard.add_scalar(name, value, step)
+    shown = [name for name in _SCREEN if name in values]
+    shown += [name for name in values if not name.startswith('train/')]
+    text = '  '.join(
+      f'{name.removeprefix("train/")} {values[name]:.4g}' for name in shown
+    )
+    tqdm.tqdm.write(f'step {step:>6}  {text}')
+
+  def close(self):
+    self._metrics.close()
+    self._samples.close()
+    self._tensorboard.close()

@@ -1,0 +1,254 @@
+"""The loop in rounds: sample, score, pair, train; `train` does the training.
+
+A round is an ordinary offline run over a data set that the round wrote, in a
+workdir of its own, so it resumes like any other:
+
+    workdir/round_1/completions.jsonl         every sample and its reward
+    workdir/round_1/pairs.jsonl               best and worst of each prompt
+    workdir/heldout.jsonl                     prompts that `train` samples
+    workdir/round_1/train/                    see `train`
+    workdir/report.txt, curves.png, frontier.png
+
+With one round this is DPO on the policy's own samples; with more it is
+iterative DPO: a round starts from the last one's policy and takes that as its
+reference, and the KL it reports is to that reference.
+"""
+
+import json
+import os
+
+import jax
+import numpy as np
+import tqdm
+
+from dpo_jax import evaluators
+from dpo_jax import metrics
+from dpo_jax import report
+from dpo_jax import rewards
+from dpo_jax import runs
+from dpo_jax import sampling
+from dpo_jax import settings
+from dpo_jax import sharding
+from dpo_jax import train
+from dpo_jax.data import openings
+
+_CURVES = (
+  'train/loss',
+  'train/rewards/margin',
+  'samples/reward',
+  'samples/kl',
+)
+_EXAMPLES = 6  # texts shown in the report
+
+
+def run(config, workdir):
+  """Runs all rounds and writes the report; returns its text.
+
+  Args:
+    config: `settings.Settings` with the keys of configs/quickstart.py.
+      `config.train` is a config of `train`; each round fills in its
+      `data.source`, `init` and `seed`.
+    workdir: directory of all rounds; what is finished there is not redone.
+  """
+  # ------------------------------------------------------------- prompts ----
+  prompts = read_prompts(config.prompts)
+  seed, rounds = config.seed, config.rounds
+  how, reward = dict(config.sampling), rewards.get(config.reward)
+  train_config = config.train.as_dict()
+  config.check_all_read(but='train')  # `train` checks its own part
+  runs.claim_workdir(workdir, config)
+  heldout = os.path.join(workdir, 'heldout.jsonl')
+  write_lines(heldout, [{'prompt': text} for text in prompts['test']])
+  train_config['eval']['samples']['prompts'] = heldout
+
+  for number in range(1, rounds + 1):
+    directory = os.path.join(workdir, f'round_{number}')
+    train_config['seed'] = seed + number - 1
+    train_config['data']['source'] = os.path.join(directory, 'pairs.jsonl')
+    if number > 1:
+      last = os.path.join(workdir, f'round_{number - 1}', 'train')
+      train_config['init'] = last
+    round_config = settings.Settings(train_config)
+
+    # ------------------------------------------------ sample, score, pair ----
+    if not os.path.exists(train_config['data']['source']):
+      write_pairs(round_config, prompts['train'], directory, reward, **how)
+
+    # --------------------------------------------------------------- train ----
+    train.train(round_config, os.path.join(directory, 'train'))
+
+  # -------------------------------------------------------------- report ----
+  return write_report(workdir, rounds)
+
+
+def read_prompts(source):
+  """Reads {'train': [text], 'test': [text]}.
+
+  `source` is 'openings' (the movie-review openings that ship with us) or a
+  JSON file of that form.
+  """
+  if source == 'openings':
+    return openings.openings()
+  with open(source) as f:
+    prompts = json.load(f)
+  if set(prompts) != {'train', 'test'}:
+    raise ValueError(
+      f"{source} must hold {{'train': [...], 'test': [...]}}, it has"
+      f' {sorted(prompts)}'
+    )
+  both = set(prompts['train']) & set(prompts['test'])
+  if both:
+    raise ValueError(
+      f'{source}: {len(both)} prompts are in train and in test, such as'
+      f' {min(both)!r}; take them out of one'
+    )
+  return prompts
+
+
+def write_pairs(
+  config,
+  prompts,
+  directory,
+  reward,
+  *,
+  samples_per_prompt,
+  pairs_per_prompt,
+  max_new_tokens,
+  temperature,
+  top_p,
+  batch_size,
+):
+  """Samples with the round's first policy; writes completions and pairs.
+
+  The best and the worst completion of a prompt become its pair; a prompt whose
+  completions all score the same has none, and is counted. pairs.jsonl appears
+  under its name only when it is whole.
+  """
+  mesh = sharding.make_mesh(**config.mesh)
+  model_config, params, tokenizer = runs.open_model(config.model, mesh=mesh)
+  if config.init:
+    params = runs.restore_newest(config.init, {'params': params})[1]['params']
+  repeated = [text for text in prompts for _ in range(samples_per_prompt)]
+  with tqdm.tqdm(total=len(repeated), desc='sample') as progress:
+    samples = sampling.generate(
+      model_config,
+      params,
+      runs.encode_prompts(repeated, tokenizer),
+      key=jax.random.key(config.seed),
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      top_p=top_p,
+      eos_id=tokenizer.eos_id,
+      batch_size=batch_size,
+      on_batch=lambda done: progress.update(done - progress.n),
+    )
+  responses = evaluators.response_texts(samples, tokenizer)
+  values = rewards.score(reward, repeated, responses)
+  pairs = best_and_worst(
+    prompts,
+    responses,
+    samples.ended,
+    values,
+    samples_per_prompt=samples_per_prompt,
+    pairs_per_prompt=pairs_per_prompt,
+  )
+  ties = len(prompts) * pairs_per_prompt - len(pairs)
+  print(
+    f'{len(repeated)} completions of {len(prompts)} prompts, mean reward'
+    f' {values.mean():.3f}; {len(pairs)} pairs, {ties} left out as ties'
+  )
+  os.makedirs(directory, exist_ok=True)
+  write_lines(
+    os.path.join(directory, 'completions.jsonl'),
+    [
+      {'prompt': prompt, 'response': response, 'reward': value}
+      for prompt, response, value in zip(repeated, responses, values)
+    ],
+  )
+  write_lines(os.path.join(directory, 'pairs.jsonl'), pairs)
+
+
+def write_lines(path, records):
+  """Writes JSON Lines under a temporary name, then moves the file."""
+  with open(path + '.tmp', 'w') as f:
+    f.writelines(json.dumps(record) + '\n' for record in records)
+  os.replace(path + '.tmp', path)
+
+
+def best_and_worst(
+  prompts, responses, ended, values, *, samples_per_prompt, pairs_per_prompt
+):
+  """Returns pair records of the best and the worst response of each prompt.
+
+  Args:
+    prompts: N texts.
+    responses: N * samples_per_prompt texts, those of a prompt together.
+    ended: whether each response ended by itself.
+    values: reward of each response; ties go to the first.
+    samples_per_prompt: responses of a prompt.
+    pairs_per_prompt: 1 for best and worst only; 2 adds second best and second
+      worst, and so on. A pair of equal values is left out.
+  """
+  pairs = []
+  for n, prompt in enumerate(prompts):
+    first = n * samples_per_prompt
+    span = values[first : first + samples_per_prompt]
+    best = first + np.argsort(-span, kind='stable')
+    worst = first + np.argsort(span, kind='stable')
+    for i, j in zip(best[:pairs_per_prompt], worst[:pairs_per_prompt]):
+      if values[i] > values[j]:
+        pairs.append(
+          {
+            'prompt': prompt,
+            'chosen': responses[i],
+            'rejected': responses[j],
+            'chosen_ended': bool(ended[i]),
+            'rejected_ended': bool(ended[j]),
+          }
+        )
+  return pairs
+
+
+def write_report(workdir, rounds):
+  """Writes numbers, example texts and pictures; returns the text."""
+  records, samples = [], []
+  for number in range(1, rounds + 1):
+    directory = os.path.join(workdir, f'round_{number}', 'train')
+    start = records[-1]['step'] if records else 0
+    for record in metrics.read(directory):
+      records.append(record | {'step': record['step'] + start})
+    for sample in metrics.read(directory, 'samples.jsonl'):
+      samples.append(sample | {'step': sample['step'] + start})
+  points = [
+    {
+      name.removeprefix('samples/'): value
+      for name, value in record.items()
+      if name.startswith('samples/')
+    }
+    for record in records
+    if 'samples/reward' in record
+  ]
+  text = report.summary(points[0], points[-1])
+  first = [s for s in samples if s['step'] == samples[0]['step']]
+  last = [s for s in samples if s['step'] == samples[-1]['step']]
+  pairs = list(zip(first, last))
+  shown = pairs[:: max(1, len(pairs) // _EXAMPLES)][:_EXAMPLES]
+  table = report.text_table(
+    [
+      {
+        'prompt': before['prompt'],
+        'before': before['response'],
+        'before_reward': before['reward'],
+        'after': after['response'],
+        'after_reward': after['reward'],
+      }
+      for before, after in shown
+    ]
+  )
+  report.curves_png(records, os.path.join(workdir, 'curves.png'), keys=_CURVES)
+  report.frontier_png(points, os.path.join(workdir, 'frontier.png'))
+  with open(os.path.join(workdir, 'report.txt'), 'w') as f:
+    f.write(f'{table}\n{text}')
+  with open(os.path.join(workdir, 'report.json'), 'w') as f:
+    json.dump({'before': points[0], 'after': points[-1]}, f, indent=2)
+  return f'{table}\n{text}'

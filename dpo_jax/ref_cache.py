@@ -1,0 +1,103 @@
+"""Reference log-probabilities on disk, computed once per reference and data.
+
+One float32 per scored token, in the order of the data set, independent of how
+groups are packed, ordered or scored: runs that differ in learning rate, beta,
+loss, batch size or seed share a file. The key covers what changes the
+numbers: the weights, the architecture, the compute dtype and the tokens.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+
+import jax
+import numpy as np
+import tqdm
+
+from dpo_jax import sharding
+from dpo_jax.data import batches
+
+# Fields of TransformerConfig that change speed or memory, not values.
+_NEUTRAL = ('remat', 'scan_unroll')
+
+
+def params_digest(params):
+  """sha256 over names, shapes, dtypes and bytes of all arrays."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = np.ascontiguousarray(leaf)
+    name = f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'
+    digest.update(name.encode())
+    digest.update(array.view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def groups_digest(groups):
+  """sha256 over prompts and responses, in order."""
+  digest = hashlib.sha256()
+  for group in groups:
+    for tokens in (group.prompt, *group.responses):
+      digest.update(len(tokens).to_bytes(4, 'little'))
+      digest.update(np.ascontiguousarray(tokens, np.int32).data)
+  return digest.hexdigest()
+
+
+def key(params, model_config, groups):
+  """Returns the cache key and the dict of what it was made of."""
+  config = dataclasses.asdict(model_config)
+  for name in _NEUTRAL:
+    del config[name]
+  made_of = {
+    'weights': params_digest(params),
+    'model': config,
+    'tokens': groups_digest(groups),
+  }
+  text = json.dumps(made_of, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:24], made_of
+
+
+def compute(token_logps, params, plan, mesh, *, name):
+  """Runs the reference over every group of `plan`: float32 [scored tokens].
+
+  Args:
+    token_logps: of `objectives.make_token_logps`.
+    params: reference weights.
+    plan: an evaluation plan over the whole data set.
+    mesh: devices.
+    name: shown by the progress bar.
+  """
+  forward = jax.jit(token_logps, out_shardings=sharding.replicated(mesh))
+  starts = batches.offsets(plan.groups)
+  values = np.zeros(starts[-1], np.float32)
+  share = {'process': jax.process_index(), 'processes': jax.process_count()}
+  everything = {'process': 0, 'processes': 1}
+  for step in tqdm.trange(plan.num_steps, desc=f'reference log-probs, {name}'):
+    mine = sharding.put_rows(plan.batch(step, **share), mesh)
+    laid_out = np.asarray(forward(params, mine))
+    batches.collect(laid_out, starts, plan.batch(step, **everything), values)
+  return values
+
+
+def load_or_compute(
+  directory, token_logps, params, model_config, plan, mesh, *, name
+):
+  """Returns per-token reference log-probs of `plan.groups`, from disk if there.
+
+  The file is written to a temporary name and moved, so a killed run leaves no
+  broken cache.
+  """
+  digest, made_of = key(params, model_config, plan.groups)
+  path = os.path.join(directory, f'{digest}.npy')
+  if os.path.exists(path):
+    return np.load(path)
+  values = compute(token_logps, params, plan, mesh, name=name)
+  if jax.process_index() == 0:
+    os.makedirs(directory, exist_ok=True)
+    with open(os.path.join(directory, f'{digest}.json'), 'w') as f:
+      json.dump(made_of, f, indent=2)
+    temporary = f'{path}.{os.getpid()}.tmp'
+    with open(temporary, 'wb') as f:
+      np.save(f, values)
+    os.replace(temporary, path)
+  return values

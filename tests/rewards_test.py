@@ -1,0 +1,84 @@
+"""Rewards: known sentiments, clear errors, statistics by hand."""
+
+import numpy as np
+import pytest
+
+from dpo_jax import rewards
+from dpo_jax.data import openings
+
+
+def test_vader_scores_prompt_and_response_together():
+  prompts = ['The film is ', 'The film is ', 'The plot', 'The plot is not ']
+  responses = ['wonderful!', 'horrible.', ' has three acts.', 'good']
+  values = rewards.vader(prompts, responses)
+  # 'good' alone is 0.4404; the negation stands in the prompt.
+  np.testing.assert_allclose(values, [0.6114, -0.5423, 0.0, -0.3412])
+
+
+def test_an_empty_response_scores_zero():
+  assert rewards.vader(['The opening scene'], ['']).tolist() == [0.0]
+
+
+def test_an_unknown_reward_names_the_nearest():
+  assert rewards.get('vader') is rewards.vader
+  with pytest.raises(ValueError, match="'vade'; did you mean 'vader'"):
+    rewards.get('vade')
+
+
+def test_score_returns_the_rewards():
+  values = rewards.score(rewards.vader, ['It is '], ['good'])
+  np.testing.assert_allclose(values, [0.4404])
+
+
+def test_a_nan_reward_shows_its_text():
+  def reward(prompts, _):
+    return [0.0, float('nan')] * (len(prompts) // 2)
+
+  with pytest.raises(ValueError, match=r"text 1 is nan[^?]*'p1'[^?]*'r1'"):
+    rewards.score(reward, ['p0', 'p1'], ['r0', 'r1'])
+
+
+def test_wrong_lengths_are_errors():
+  with pytest.raises(ValueError, match='2 prompts and 1 responses'):
+    rewards.score(rewards.vader, ['a', 'b'], ['c'])
+  with pytest.raises(ValueError, match=r'shape \(1,\) for 2 responses'):
+    rewards.score(lambda *_: [1.0], ['a', 'b'], ['c', 'd'])
+
+
+@pytest.mark.parametrize(
+  ('texts', 'n', 'share'),
+  [
+    (['a b a b'], 1, 2 / 4),
+    (['a b a b'], 2, 2 / 3),
+    (['a b', 'A  b\n', 'b a'], 2, 2 / 3),  # pooled; no gram spans texts
+    (['a', ''], 2, 0.0),
+  ],
+)
+def test_distinct_n_counts_different_word_grams(texts, n, share):
+  assert rewards.distinct_n(texts, n) == pytest.approx(share)
+
+
+def test_mean_length_counts_words():
+  assert rewards.mean_length(['a b c', '', ' d ']) == pytest.approx(4 / 3)
+
+
+def test_the_openings_are_many_short_neutral_and_different():
+  texts = openings.openings()
+  assert {split: len(t) for split, t in texts.items()} == {
+    'train': 64,
+    'test': 32,
+  }
+  both = texts['train'] + texts['test']
+  assert len({text.lower() for text in both}) == len(both)
+  for text in both:
+    assert 4 <= len(text.split()) <= 9, text
+    assert text == text.strip(), text
+  sentiments = rewards.vader(both, [''] * len(both))
+  assert {text: s for text, s in zip(both, sentiments) if abs(s) >= 0.05} == {}
+
+
+def test_no_held_out_opening_starts_as_a_training_one_does():
+  texts = openings.openings()
+  starts = {' '.join(text.lower().split()[:4]) for text in texts['train']}
+  for text in texts['test']:
+    assert ' '.join(text.lower().split()[:4]) not in starts, text

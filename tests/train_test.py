@@ -1,0 +1,295 @@
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import metrics
+from dpo_jax import ref_cache
+from dpo_jax import runs
+from dpo_jax import sharding
+from dpo_jax import train
+from tests import worlds
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What a clock decides; everything else must be equal to the last bit.
+TIMED = ('step_seconds', 'pairs_per_second', 'tokens_per_second')
+
+
+def losses_of(workdir, name='train/loss'):
+  return [r[name] for r in metrics.read(workdir) if name in r]
+
+
+@pytest.mark.parametrize('mode', ['frozen', 'cached'])
+def test_loss_is_ln_2_before_the_first_update(tmp_path, mode):
+  changes = {'reference.mode': mode, 'optim.lr': 1e-3}
+  config = worlds.debug_config(tmp_path, **changes)
+  train.train(config, tmp_path / 'run')
+  for name in ('train/loss', 'heldout/loss'):
+    first = losses_of(tmp_path / 'run', name)[0]
+    assert abs(first - math.log(2)) < 1e-6, name
+
+
+def test_cached_reference_equals_frozen_and_is_reused(tmp_path, monkeypatch):
+  changes = {'optim.lr': 1e-2, 'optim.warmup_steps': 0, 'num_steps': 4}
+  found = {}
+  for mode in ('frozen', 'cached'):
+    config = worlds.debug_config(
+      tmp_path, **changes, **{'reference.mode': mode}
+    )
+    train.train(config, tmp_path / mode)
+    found[mode] = losses_of(tmp_path / mode)
+  assert found['frozen'][-1] < 0.65
+  np.testing.assert_allclose(found['cached'], found['frozen'], atol=1e-5)
+
+  monkeypatch.setattr(ref_cache, 'compute', None)  # a miss would call it
+  other = worlds.debug_config(
+    tmp_path,
+    'loss=ipo_sum',
+    **{'reference.mode': 'cached', 'optim.lr': 3e-3, 'batch_size': 16},
+  )
+  train.train(other, tmp_path / 'other')
+  assert len(losses_of(tmp_path / 'other')) == 2
+
+
+def test_the_cache_key_covers_what_changes_the_numbers_and_no_more():
+  params = worlds.params_of(worlds.LLAMA)
+  groups = worlds.make_groups(3)
+
+  def key(*args):
+    return ref_cache.key(*args)[0]
+
+  base = key(params, worlds.LLAMA, groups)
+  replace = functools.partial(dataclasses.replace, worlds.LLAMA)
+  for neutral in ({'remat': 'full'}, {'scan_unroll': 3}):
+    assert key(params, replace(**neutral), groups) == base
+  nudged = jax.tree.map(np.array, params)
+  nudged['final_norm']['scale'][0] += 1e-6
+  for changed in (
+    key(nudged, worlds.LLAMA, groups),
+    key(params, replace(dtype='bfloat16'), groups),
+    key(params, replace(norm_eps=1e-6), groups),
+    key(params, worlds.LLAMA, groups[:2]),
+    key(params, worlds.LLAMA, groups[::-1]),
+    key(params, worlds.LLAMA, worlds.make_groups(3, seed=1)),
+  ):
+    assert changed != base
+
+
+@pytest.mark.parametrize('arg', ['loss=cdpo', 'loss=ipo_mean', 'loss=ipo_sum'])
+def test_every_pair_loss_learns(tmp_path, arg):
+  config = worlds.debug_config(
+    tmp_path,
+    arg + ',optim=adamw',
+    **{'num_steps': 12, 'optim.lr': 5e-3, 'eval.every': 12},
+  )
+  train.train(config, tmp_path / 'run')
+  for name in ('train/loss', 'heldout/loss'):
+    values = losses_of(tmp_path / 'run', name)
+    assert values[-1] < 0.9 * values[0], name
+  assert losses_of(tmp_path / 'run', 'heldout/rewards/accuracy')[-1] > 0.9
+
+
+def test_sft_learns_and_reports_a_token_mean(tmp_path):
+  config = worlds.debug_config(
+    tmp_path,
+    'loss=sft,optim=adamw',
+    **{'num_steps': 12, 'optim.lr': 5e-3, 'eval.every': 12},
+  )
+  train.train(config, tmp_path / 'run')
+  values = losses_of(tmp_path / 'run', 'heldout/token_nll')
+  assert abs(values[0] - math.log(257)) < 0.2
+  assert values[-1] < values[0] - 1.0
+
+
+def test_a_run_starts_from_another_ones_parameters(tmp_path):
+  fast = {'optim.lr': 1e-2, 'optim.warmup_steps': 0}
+  first = train.train(worlds.debug_config(tmp_path, **fast), tmp_path / 'first')
+  first = jax.device_get(first)
+  config = worlds.debug_config(
+    tmp_path, init=str(tmp_path / 'first'), **fast | {'optim.lr': 0.0}
+  )
+  second = jax.device_get(train.train(config, tmp_path / 'second'))
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  # The reference is the start of this run, not the random model.
+  assert abs(losses_of(tmp_path / 'second')[0] - math.log(2)) < 1e-6
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+  config = worlds.debug_config(
+    tmp_path,
+    'optim=adamw',
+    **{
+      'num_steps': 9,
+      'optim.lr': 1e30,
+      'optim.schedule': 'constant',
+      'optim.warmup_steps': 4,
+      'optim.warmup_init': 0.0,
+      'checkpoint.every': 1,
+    },
+  )
+  with pytest.raises(
+    FloatingPointError,
+    match='at step 3; the last good checkpoint is that of step 2',
+  ):
+    train.train(config, tmp_path / 'run')
+  mesh = sharding.make_mesh(**config.mesh)
+  _, params, _ = runs.open_model(config.model, mesh=mesh)
+  step, items = runs.restore_newest(tmp_path / 'run', {'params': params})
+  assert step == 2
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(items['params']))
+
+
+def command(config, workdir):
+  """Runs `train` on a saved config in a process of its own, on one device."""
+  path = workdir.with_suffix('.config.json')
+  path.write_text(json.dumps(config.as_dict()))
+  code = (
+    'import json, sys\n'
+    'from dpo_jax import settings, train\n'
+    'config = settings.Settings(json.load(open(sys.argv[1])))\n'
+    'train.train(config, sys.argv[2])\n'
+  )
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  env['XLA_FLAGS'] = env['XLA_FLAGS'].replace('_count=8', '_count=1')
+  return subprocess.Popen(
+    [sys.executable, '-c', code, str(path), str(workdir)],
+    env=env,
+    cwd=ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+
+
+def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path):
+  config = worlds.debug_config(
+    tmp_path,
+    'optim=adamw',
+    **{
+      'num_steps': 40,
+      'optim.lr': 1e-3,
+      'checkpoint.every': 3,
+      'eval.every': 5,
+      'eval.samples.num_prompts': 2,
+    },
+  )
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  assert command(config, whole).wait() == 0
+
+  process = command(config, killed)
+  while len(losses_of(killed)) < 14:
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert len(losses_of(killed)) < 40
+  assert command(config, killed).wait() == 0
+
+  def comparable(workdir):
+    return [
+      {k: v for k, v in r.items() if k.split('/')[-1] not in TIMED}
+      for r in metrics.read(workdir)
+    ]
+
+  assert len(losses_of(whole)) == 40
+  assert comparable(killed) == comparable(whole)
+  assert metrics.read(killed, 'samples.jsonl') == metrics.read(
+    whole, 'samples.jsonl'
+  )
+  mesh = sharding.make_mesh(**config.mesh)
+  _, params, _ = runs.open_model(config.model, mesh=mesh)
+  ends = [
+    runs.restore_newest(workdir, {'params': params})
+    for workdir in (whole, killed)
+  ]
+  assert ends[0][0] == ends[1][0] == 40
+  jax.tree.map(np.testing.assert_array_equal, ends[0][1], ends[1][1])
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+  train.train(worlds.debug_config(tmp_path), tmp_path / 'run')
+  before = (tmp_path / 'run' / 'metrics.jsonl').read_text()
+  with pytest.raises(ValueError, match=r'another config \(optim.lr: 1e-06 ->'):
+    config = worlds.debug_config(tmp_path, **{'optim.lr': 2e-6})
+    train.train(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == before
+
+
+@pytest.mark.parametrize(
+  'arg, changes, message',
+  [
+    ('', {'batch_size': 30}, 'use 24 or 32'),
+    ('', {'eval.batch_size': 4}, 'eval.batch_size 4 .* use 8'),
+    ('', {'reference.mode': 'none'}, 'needs a reference'),
+    ('loss=sft', {'reference.mode': 'frozen'}, 'uses no reference'),
+    ('', {'reference.mode': 'ema'}, 'use one of'),
+    ('', {'data.row_length': 20}, 'raise it to at least'),
+    ('', {'loss.name': 'dpoo'}, "did you mean 'dpo'"),
+    ('', {'model.remat': 'all'}, 'model.remat'),
+    ('', {'model.source': 'debug-lama'}, 'debug-lama'),
+    ('', {'num_steps': 0}, 'set one of num_steps and epochs'),
+    ('', {'epochs': 1.0}, 'set one of num_steps and epochs'),
+    ('', {'optim.name': 'adam'}, "did you mean 'adamw'"),
+    ('', {'mesh.fsdp': 3}, 'set one axis to -1'),
+    ('', {'data.source': 'nowhere'}, 'nowhere'),
+    (
+      '',
+      {'eval.samples.num_prompts': 2, 'data.held_out': 0.0},
+      'raise data.held_out',
+    ),
+  ],
+)
+def test_bad_settings_name_the_fix(tmp_path, arg, changes, message):
+  config = worlds.debug_config(tmp_path, arg or 'loss=dpo', **changes)
+  with pytest.raises((ValueError, OSError), match=message):
+    train.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_key_that_nothing_reads_is_refused(tmp_path):
+  values = worlds.debug_config(tmp_path).as_dict()
+  values['optim']['momentum'] = 0.9
+  config = worlds.settings.Settings(values)
+  with pytest.raises(ValueError, match=r'nothing reads: optim\.momentum'):
+    train.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_soft_labels_are_used_or_refused(tmp_path):
+  config = worlds.debug_config(tmp_path)
+  worlds.write_pairs(tmp_path, p=0.7)
+  with pytest.raises(ValueError, match="loss 'dpo' ignores"):
+    train.train(config, tmp_path / 'run')
+  config = worlds.debug_config(
+    tmp_path,
+    'loss=soft,optim=adamw',
+    **{'num_steps': 40, 'optim.lr': 1e-2, 'loss.beta': 1.0},
+  )
+  worlds.write_pairs(tmp_path, p=0.7)
+  train.train(config, tmp_path / 'run')
+  # The optimum is sigmoid(margin) = p.
+  margins = losses_of(tmp_path / 'run', 'train/rewards/margin')[-5:]
+  assert abs(np.mean(margins) - math.log(0.7 / 0.3)) < 0.35
+
+
+def test_weights_scale_the_loss(tmp_path):
+  fast = {'optim.lr': 0.0}
+  config = worlds.debug_config(tmp_path, **fast)
+  train.train(config, tmp_path / 'one')
+  config = worlds.debug_config(tmp_path, **fast)
+  worlds.write_pairs(tmp_path, weight=0.25)
+  train.train(config, tmp_path / 'quarter')
+  np.testing.assert_allclose(
+    losses_of(tmp_path / 'quarter'),
+    0.25 * np.array(losses_of(tmp_path / 'one')),
+    rtol=1e-5,
+  )
