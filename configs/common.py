@@ -19,14 +19,16 @@ MODELS = {
   'debug-gpt2': dict(source='debug-gpt2'),
 }
 
+# task: a builder of dpo_jax.data.builders. subsets: of HH, or file names
+# without suffix; () is all. prompt_words: words of an IMDb review that are
+# the prompt of its rest.
 DATA = {
   'hh': dict(
-    task='hh',  # a builder of dpo_jax.data.builders
-    subsets=('harmless-base', 'helpful-base'),
+    task='hh', subsets=('harmless-base', 'helpful-base'), prompt_words=0
   ),
-  'tldr': dict(task='tldr', subsets=()),
-  'imdb': dict(task='imdb', subsets=()),
-  'jsonl': dict(task='jsonl', subsets=()),
+  'tldr': dict(task='tldr', subsets=(), prompt_words=0),
+  'imdb': dict(task='imdb', subsets=(), prompt_words=4),
+  'jsonl': dict(task='jsonl', subsets=(), prompt_words=0),
 }
 
 OPTIM = {
@@ -94,7 +96,7 @@ def training(arg):
   config.log_every = 10  # steps between log records
   config.init = ''  # workdir of another run whose parameters to start from
   config.resume = ''  # workdir of another run whose whole state to go on with
-  config.logps_chunk = 64  # scored tokens per row whose logits exist at once
+  config.logps_chunk = 512  # scored tokens a device has logits of at one time
 
   config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices; -1: the rest
 
@@ -106,7 +108,6 @@ def training(arg):
 
   config.data = pick(DATA, 'data set', arg['data'])
   config.data.source = 'official'  # or a local folder or file
-  config.data.prompt_words = 0  # words of an IMDb review that are its prompt
   config.data.cache_dir = ''  # of prepared data; '' is the user's cache
   config.data.held_out = 0.1  # share of prompts kept out, if there is no test
   config.data.max_prompt_tokens = 256  # a longer prompt keeps its tail

@@ -72,8 +72,7 @@ def put_batch(plan, step, mesh, *, ref_values=None):
     step, process=jax.process_index(), processes=jax.process_count()
   )
   if ref_values is not None:
-    starts = batches.offsets(plan.groups)
-    batch['ref_token_logps'] = batches.place(ref_values, starts, batch)
+    batch['ref_token_logps'] = batches.place(ref_values, plan.starts, batch)
   return sharding.put_rows(batch, mesh)
 
 

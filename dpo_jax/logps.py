@@ -20,15 +20,19 @@ def gather_scored(hidden_RTD, source_RS):
 
 
 def _split(x, chunk):
-  """[R, S, ...] -> [chunks, R, chunk, ...], zero-padded."""
+  """[R, S, ...] -> [chunks, R, C, ...], zero-padded; R * C is about chunk.
+
+  Rows stay whole, because they lie on different devices.
+  """
   R, S = x.shape[:2]
-  pad = [(0, 0), (0, -S % chunk)] + [(0, 0)] * (x.ndim - 2)
-  x = jnp.pad(x, pad).reshape(R, -1, chunk, *x.shape[2:])
+  C = min(max(chunk // R, 1), S)
+  pad = [(0, 0), (0, -S % C)] + [(0, 0)] * (x.ndim - 2)
+  x = jnp.pad(x, pad).reshape(R, -1, C, *x.shape[2:])
   return jnp.moveaxis(x, 1, 0)
 
 
 def _join(x, S):
-  """[chunks, R, chunk, ...] -> [R, S, ...], the inverse of `_split`."""
+  """[chunks, R, C, ...] -> [R, S, ...], the inverse of `_split`."""
   x = jnp.moveaxis(x, 0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S]
 
@@ -65,8 +69,7 @@ def token_logps(hidden_RSD, unembed_VD, target_RS, chunk):
     unembed_VD: unembedding; logits = hidden @ unembed.T, accumulated in
       float32.
     target_RS: int32 token ids.
-    chunk: tokens per row whose logits exist at one time; R * chunk * V floats
-      are held.
+    chunk: tokens, over all rows, whose logits exist at one time.
 
   Without differentiation (the reference model) nothing is kept for a
   backward pass.

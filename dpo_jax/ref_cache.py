@@ -68,7 +68,7 @@ def compute(token_logps, params, plan, mesh, *, name):
     name: shown by the progress bar.
   """
   forward = jax.jit(token_logps, out_shardings=sharding.replicated(mesh))
-  starts = batches.offsets(plan.groups)
+  starts = plan.starts
   values = np.zeros(starts[-1], np.float32)
   share = {'process': jax.process_index(), 'processes': jax.process_count()}
   everything = {'process': 0, 'processes': 1}

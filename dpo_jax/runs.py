@@ -73,6 +73,7 @@ def set_up(config, mesh):
   objectives.check_reference(loss_name, loss, mode)
 
   # --------------------------------------------------------------- model ----
+  chunk = config.logps_chunk * sharding.row_shards(mesh)
   model_config, params, tokenizer = open_model(config.model, mesh=mesh)
   if config.init:
     params = restore_newest(config.init, {'params': params})[1]['params']
@@ -95,7 +96,7 @@ def set_up(config, mesh):
 
   # ----------------------------------------------------------- reference ----
   token_logps = objectives.make_token_logps(
-    model_config, chunk=config.logps_chunk
+    model_config, chunk=chunk
   )
   ref_values = dict.fromkeys(groups)
   if mode == 'cached':
@@ -138,7 +139,7 @@ def set_up(config, mesh):
       tokenizer,
       prompts,
       mesh,
-      chunk=config.logps_chunk,
+      chunk=chunk,
       seed=config.seed,
       **samples,
     )
@@ -294,23 +295,28 @@ def check_soft_labels(groups, name, loss):
     )
 
 
+def check_workdir(workdir, config):
+  """Refuses a workdir that belongs to a run with another config."""
+  path = os.path.join(workdir, 'config.json')
+  if not os.path.exists(path):
+    return
+  with open(path) as f:
+    before = json.load(f)
+  now = json.loads(json.dumps(config.as_dict()))
+  if before != now:
+    raise ValueError(
+      f'workdir {workdir!r} belongs to a run with another config'
+      f' ({", ".join(differences(before, now))}); use a new workdir'
+    )
+
+
 def claim_workdir(workdir, config):
-  """Saves the resolved config, or refuses a workdir that has another one."""
+  """Makes the workdir this run's: saves the resolved config there."""
+  check_workdir(workdir, config)
   os.makedirs(workdir, exist_ok=True)
   path = os.path.join(workdir, 'config.json')
-  text = json.dumps(config.as_dict(), indent=2, sort_keys=True)
-  if os.path.exists(path):
-    with open(path) as f:
-      before = f.read()
-    if before != text:
-      old, new = json.loads(before), json.loads(text)
-      raise ValueError(
-        f'workdir {workdir!r} belongs to a run with another config'
-        f' ({", ".join(differences(old, new))}); use a new workdir'
-      )
-    return
   with open(path + '.tmp', 'w') as f:
-    f.write(text)
+    json.dump(config.as_dict(), f, indent=2, sort_keys=True)
   os.replace(path + '.tmp', path)
 
 

@@ -126,6 +126,8 @@ def train(config, workdir):
     workdir: config.json, metrics.jsonl, samples.jsonl, tensorboard/ and
       checkpoints/ of this run; a run found there is resumed.
   """
+  workdir = os.fspath(workdir)
+  runs.check_workdir(workdir, config)
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
     return _train(config, workdir, mesh)

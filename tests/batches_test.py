@@ -179,7 +179,7 @@ def test_flat_values_lie_where_their_tokens_do_and_come_back():
   plan = batches.training_plan(
     groups, seed=0, num_steps=2, batch_size=6, row_length=48, multiple=1
   )
-  starts = batches.offsets(groups)
+  starts = plan.starts
   # The value of a token is the token, so placing must reproduce `target`.
   flat = np.concatenate([r for g in groups for r in g.responses])
   returned = np.full(len(flat), -1.0)

@@ -13,7 +13,7 @@ DEVICE_MATHS = {'attention', 'losses', 'logps', 'sampling'}
 MACHINE = {'sharding', 'optim', 'checkpoint', 'metrics', 'weights', 'fetch'}
 MIDDLE = {'objectives', 'evaluators', 'ref_cache', 'runs'}
 LOOPS = {'train', 'online', 'main'}
-HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections', 'absl'}
+HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections'}
 MATHS_FORBIDDEN = {
   'absl',
   'os',

@@ -24,7 +24,7 @@ def naive(hidden, unembed, target):
   return picked[..., 0]
 
 
-@pytest.mark.parametrize('chunk', [1, 4, 5, 10, 64])
+@pytest.mark.parametrize('chunk', [1, 7, 12, 16, 30, 200])
 def test_chunked_equals_naive_in_value_and_gradient(chunk):
   hidden, unembed, target, weight = arrays()
 

@@ -9,6 +9,7 @@ A batch is the dict of `rows.fill`; a process takes its slice of the rows.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -24,9 +25,14 @@ def shuffled(*, seed, step, batch_size, num_groups):
   numbers = []
   while len(numbers) < batch_size:
     epoch, offset = divmod(start + len(numbers), num_groups)
-    order = np.random.default_rng([seed, epoch]).permutation(num_groups)
+    order = _epoch(seed, epoch, num_groups)
     numbers.extend(order[offset : offset + batch_size - len(numbers)].tolist())
   return numbers
+
+
+@functools.lru_cache(maxsize=2)  # a step spans two epochs, mostly one
+def _epoch(seed, epoch, num_groups):
+  return np.random.default_rng([seed, epoch]).permutation(num_groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +51,14 @@ class Plan:
   @property
   def num_steps(self):
     return len(self.steps)
+
+  @functools.cached_property
+  def starts(self):
+    """Where each group's scored tokens start in one flat array: [groups + 1].
+
+    See `place` and `collect`.
+    """
+    return np.cumsum([0, *map(rows.scored_tokens, self.groups)])
 
   def rows_of(self, step):
     """R of a step: the smallest compiled shape that holds it."""
@@ -204,17 +218,12 @@ def uniform_plan(
   )
 
 
-def offsets(groups):
-  """Where each group's scored tokens start in one flat array: [groups + 1]."""
-  return np.cumsum([0] + [rows.scored_tokens(group) for group in groups])
-
-
 def place(values, starts, batch):
   """Lays flat per-token values out like `target`: float32 [R, S].
 
   Args:
     values: float32, scored tokens of all groups, responses in order.
-    starts: `offsets(groups)`.
+    starts: `Plan.starts`.
     batch: a batch of `Plan.batch`.
   """
   out = np.zeros(batch['target'].shape, np.float32)

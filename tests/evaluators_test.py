@@ -1,0 +1,117 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import evaluators
+from dpo_jax import losses
+from dpo_jax import objectives
+from dpo_jax import sharding
+from dpo_jax.data import batches
+from dpo_jax.data import tokenizers
+from dpo_jax.models import transformer
+from tests import worlds
+
+MESH = {'data': -1, 'fsdp': 1, 'tensor': 1}
+
+
+def test_heldout_means_do_not_depend_on_the_batch_size():
+  config, mesh = worlds.LLAMA, sharding.make_mesh(**MESH)
+  params, ref = worlds.params_of(config), worlds.params_of(config, seed=1)
+  loss, function = losses.bind('dpo', {'beta': 0.1})
+  sums = objectives.make_sums(
+    objectives.make_token_logps(config, chunk=16),
+    loss,
+    function,
+    beta=0.1,
+    reference='frozen',
+  )
+  groups = worlds.make_groups(11)
+  found = []
+  for batch_size in (11, 4):  # 4 leaves a tail of three
+    plan = batches.evaluation_plan(
+      groups, batch_size=batch_size, row_length=48, multiple=8
+    )
+    evaluate = evaluators.make_heldout(sums, plan, mesh, ref_values=None)
+    found.append(evaluate(params, ref))
+  assert found[0]['groups'] == found[1]['groups'] == 11
+  accuracy = found[0]['rewards/accuracy']
+  assert 0 < accuracy < 1
+  np.testing.assert_allclose(
+    found[0]['rewards/accuracy_se'], np.sqrt(accuracy * (1 - accuracy) / 11)
+  )
+  for name, value in found[0].items():
+    np.testing.assert_allclose(found[1][name], value, rtol=1e-5, err_msg=name)
+
+
+def sequence_kl_by_hand(config, params, ref_params, group):
+  """Sums full-vocabulary KLs over the response of one plain sequence."""
+  tokens = np.concatenate([group.prompt, group.responses[0]])[None]
+  positions = np.arange(tokens.shape[1])[None]
+
+  def log_probs(params):
+    hidden = transformer.Transformer(config).apply(
+      {'params': params}, tokens, positions, 0 * positions, positions + 1
+    )
+    return jax.nn.log_softmax(hidden @ transformer.unembedding(params).T)[0]
+
+  p, q = log_probs(params), log_probs(ref_params)
+  kls = jnp.sum(jnp.exp(p) * (p - q), -1)
+  return float(jnp.sum(kls[len(group.prompt) - 1 : -1]))
+
+
+def test_sequence_kl_equals_separate_sequences():
+  config, mesh = worlds.LLAMA, sharding.make_mesh(**MESH)
+  params, ref = worlds.params_of(config), worlds.params_of(config, seed=1)
+  groups = worlds.make_groups(3, responses=1)
+  plan = batches.uniform_plan(
+    groups,
+    max_prompt=9,
+    max_response=7,
+    row_groups=1,
+    batch_rows=2,
+    multiple=8,
+  )
+  sequence_kl = evaluators.make_sequence_kl(config, mesh, chunk=4)
+  expected = [sequence_kl_by_hand(config, params, ref, g) for g in groups]
+  np.testing.assert_allclose(
+    sequence_kl(params, ref, plan), expected, rtol=1e-4
+  )
+  np.testing.assert_allclose(sequence_kl(params, params, plan), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_samples_are_measured(temperature):
+  config = worlds.dataclasses.replace(worlds.LLAMA, vocab_size=257)
+  tokenizer = tokenizers.ByteTokenizer()
+  evaluate = evaluators.make_samples(
+    config,
+    tokenizer,
+    [np.array(tokenizer.encode(text), np.int32) for text in ('one', 'three')],
+    sharding.make_mesh(**MESH),
+    chunk=4,
+    seed=0,
+    samples_per_prompt=3,
+    max_new_tokens=5,
+    temperature=temperature,
+    top_p=1.0,
+    batch_size=8,
+    reward='length',
+  )
+  params = worlds.params_of(config)
+  values, records = evaluate(params, worlds.params_of(config, seed=1), 0)
+  assert [r['prompt'] for r in records] == ['one'] * 3 + ['three'] * 3
+  rewards = [len(r['response']) for r in records]
+  assert [r['reward'] for r in records] == rewards
+  np.testing.assert_allclose(values['reward'], np.mean(rewards))
+  by_prompt = np.reshape(rewards, (2, 3)).mean(1)
+  np.testing.assert_allclose(
+    values['reward_se'], abs(by_prompt[0] - by_prompt[1]) / 2
+  )
+  # Only samples of the policy itself give an honest KL.
+  assert ('kl' in values) == (temperature == 1.0)
+  if temperature == 1.0:
+    assert values['kl'] > 0.01
+    same, again = evaluate(params, params, 0)
+    assert abs(same['kl']) < 1e-5
+    assert [r['response'] for r in again] == [r['response'] for r in records]
