@@ -4,11 +4,10 @@ A config file's `get_config(arg)` gets what stands behind the colon:
 `--config=configs/preference.py:data=hh,loss=ipo_sum,model=smollm2-135m`.
 """
 
-import difflib
-
 import ml_collections
 
 from dpo_jax import losses
+from dpo_jax import names
 from dpo_jax import optim
 
 MODELS = {
@@ -43,13 +42,7 @@ OPTIM = {
 
 def pick(table, kind, name):
   """Returns a copy of `table[name]`; a wrong name shows the nearest one."""
-  if name not in table:
-    near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
-    raise ValueError(
-      f'unknown {kind} {name!r}; did you mean {near[0]!r}? There are'
-      f' {", ".join(table)}'
-    )
-  return dict(table[name])
+  return dict(names.look_up(table, kind, name))
 
 
 def parse(arg, **defaults):
@@ -57,12 +50,7 @@ def parse(arg, **defaults):
   values = dict(defaults)
   for part in filter(None, arg.split(',')):
     name, equals, value = part.partition('=')
-    if name not in defaults:
-      near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.0)
-      raise ValueError(
-        f'config argument {name!r} is unknown; did you mean {near[0]!r}?'
-        f' There are {", ".join(defaults)}'
-      )
+    names.look_up(defaults, 'config argument', name)
     values[name] = value if equals else True
   return values
 
@@ -139,7 +127,7 @@ def training(arg):
   )
   if arg['debug']:
     shrink(config)
-  return config
+  return config.lock()  # a key that is not here cannot be set
 
 
 def shrink(config):

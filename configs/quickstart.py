@@ -28,7 +28,7 @@ def get_config(arg=''):
     top_p=1.0,
     batch_size=64,
   )
-  # One round's offline run; data.source, init and seed are set by the loop.
+  # One round's offline run, a config of `dpo-jax train`.
   config.train = common.training(
     dict(
       data='jsonl',
@@ -43,15 +43,18 @@ def get_config(arg=''):
   train.data.max_prompt_tokens = 16
   train.data.max_response_tokens = 33
   train.data.row_length = 304  # four pairs
-  train.eval.samples.reward = config.reward
+  # Set by the loop: the round's pairs, the held-out prompts, and so on.
+  train.seed = -1
+  train.data.source = ''
+  train.eval.samples.prompts = train.eval.samples.reward = ''
   if arg['debug']:
-    config.reward = train.eval.samples.reward = 'length'
+    config.reward = 'length'
     train.data.row_length = 1024
     config.sampling.samples_per_prompt = 2
     config.sampling.pairs_per_prompt = 1
     config.sampling.max_new_tokens = 4
     train.data.max_prompt_tokens = 64
-    return config
+    return config.lock()
   train.reference.mode = 'cached'
   train.batch_size = 16
   train.epochs = 1.0
@@ -65,4 +68,4 @@ def get_config(arg=''):
   train.eval.samples.samples_per_prompt = 2
   train.eval.samples.max_new_tokens = 32
   train.eval.samples.batch_size = 64
-  return config
+  return config.lock()

@@ -6,23 +6,37 @@ import jax
 import orbax.checkpoint as ocp
 
 
+def check_keep(keep):
+  """Refuses to keep nothing."""
+  if keep < 1:
+    raise ValueError(
+      f'checkpoint.keep is {keep}; keep at least 1, or the run is lost'
+    )
+
+
 class Checkpoints:
   """The checkpoints of one directory, one per step.
 
   A save writes to a temporary directory and renames it, so a killed process
-  leaves the previous checkpoint as the newest.
+  leaves the previous checkpoint as the newest; what it left half-written is
+  removed.
   """
 
   def __init__(self, directory, *, keep):
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=True, create=True
-    )
+    """Opens a directory; `keep` None only reads, for another run's."""
+    if keep is None:
+      options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+      check_keep(keep)
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=True
+      )
     self._manager = ocp.CheckpointManager(
       os.path.abspath(directory), options=options
     )
 
   def latest(self):
-    """Step of the newest complete checkpoint, or None."""
+    """Returns the step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(self, step, items):
@@ -31,7 +45,13 @@ class Checkpoints:
     self._manager.save(step, args=ocp.args.Composite(**saves), force=True)
 
   def restore(self, step, like):
-    """Loads the named items into the shapes, dtypes, shardings of `like`."""
+    """Loads the named items.
+
+    Args:
+      step: of the checkpoint.
+      like: {name: pytree of arrays or of jax.ShapeDtypeStruct with a
+        sharding}; gives shapes, dtypes and shardings.
+    """
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       like,
@@ -39,9 +59,17 @@ class Checkpoints:
     restores = {
       name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()
     }
-    return dict(
-      self._manager.restore(step, args=ocp.args.Composite(**restores))
-    )
+    try:
+      restored = self._manager.restore(
+        step, args=ocp.args.Composite(**restores)
+      )
+    except (ValueError, KeyError) as error:
+      first = str(error).strip().splitlines()[0]
+      raise ValueError(
+        f'checkpoint {step} of {self._manager.directory} holds other'
+        f' parameters or another optimizer than this config ({first})'
+      ) from error
+    return dict(restored)
 
   def close(self):
     """Waits for the saves under way."""

@@ -6,6 +6,7 @@ schedule and `main` on a finished run.
 
 import jax
 import numpy as np
+import tqdm
 
 from dpo_jax import logps
 from dpo_jax import objectives
@@ -49,7 +50,7 @@ def make_heldout(sums, plan, mesh, *, ref_values):
 
   def evaluate(params, ref_params):
     totals = {}
-    for number in range(plan.num_steps):
+    for number in _progress(plan.num_steps, 'held-out groups'):
       batch = put_batch(plan, number, mesh, ref_values=ref_values)
       sums_here = jax.device_get(step(params, ref_params, batch))
       for name, value in sums_here.items():
@@ -64,6 +65,11 @@ def make_heldout(sums, plan, mesh, *, ref_values):
     return out
 
   return evaluate
+
+
+def _progress(steps, title):
+  """Counts the steps of a measurement on a bar that goes when it is done."""
+  return tqdm.trange(steps, desc=title, leave=False)
 
 
 def put_batch(plan, step, mesh, *, ref_values=None):
@@ -97,7 +103,7 @@ def make_sequence_kl(model_config, mesh, *, chunk):
 
   def sequence_kl(params, ref_params, plan):
     out = np.zeros(len(plan.groups))
-    for number in range(plan.num_steps):
+    for number in _progress(plan.num_steps, 'KL of samples'):
       batch = put_batch(plan, number, mesh)
       kls_RG = np.asarray(step(params, ref_params, batch))
       groups_RG = plan.batch(number)['group']
@@ -108,11 +114,15 @@ def make_sequence_kl(model_config, mesh, *, chunk):
 
 
 def response_texts(samples, tokenizer):
-  """Decodes `sampling.Samples`, without the EOS that ended a response."""
-  return [
-    tokenizer.decode(response[: len(response) - ended])
-    for response, ended in zip(samples.responses(), samples.ended)
-  ]
+  """Decodes `sampling.Samples`, without the EOS that ended a response.
+
+  A response cut within a character of several tokens loses that character.
+  """
+  texts = []
+  for response, ended in zip(samples.responses(), samples.ended):
+    text = tokenizer.decode(response[: len(response) - ended])
+    texts.append(text if ended else text.rstrip('\ufffd'))
+  return texts
 
 
 def make_samples(
@@ -122,7 +132,7 @@ def make_samples(
   mesh,
   *,
   chunk,
-  seed,
+  key,
   samples_per_prompt,
   max_new_tokens,
   temperature,
@@ -138,7 +148,7 @@ def make_samples(
     prompts: int32 arrays.
     mesh: devices.
     chunk: see `logps.token_kls`.
-    seed: of the samples; the same at every call, so that two policies are
+    key: of the samples; the same at every call, so that two policies are
       compared on the same randomness.
     samples_per_prompt: samples of each.
     max_new_tokens: where a sample is cut.
@@ -148,7 +158,7 @@ def make_samples(
     batch_size: samples computed at once.
     reward: name of a reward, or 'none'.
 
-  The evaluator maps (params, ref_params, number) to (values, records): means
+  The evaluator maps (params, ref_params) to (values, records): means
   over samples with standard errors over prompts, and every text.
   """
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
@@ -157,19 +167,20 @@ def make_samples(
   sequence_kl = make_sequence_kl(model_config, mesh, chunk=chunk)
   longest = max(map(len, prompts))
 
-  def evaluate(params, ref_params, number):
-    del number
-    samples = sampling.generate(
-      model_config,
-      params,
-      repeated,
-      key=jax.random.key(seed),
-      max_new_tokens=max_new_tokens,
-      temperature=temperature,
-      top_p=top_p,
-      eos_id=tokenizer.eos_id,
-      batch_size=batch_size,
-    )
+  def evaluate(params, ref_params):
+    with tqdm.tqdm(total=len(repeated), desc='samples', leave=False) as bar:
+      samples = sampling.generate(
+        model_config,
+        params,
+        repeated,
+        key=key,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        eos_id=tokenizer.eos_id,
+        batch_size=batch_size,
+        on_batch=lambda done: bar.update(done - bar.n),
+      )
     responses = samples.responses()
     columns = {'length': samples.lengths, 'ended': samples.ended}
     if honest:
@@ -186,7 +197,10 @@ def make_samples(
       )
       columns['kl'] = sequence_kl(params, ref_params, plan)
     texts = response_texts(samples, tokenizer)
-    prompt_texts = [tokenizer.decode(prompt) for prompt in repeated]
+    prompt_texts = [
+      tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :])
+      for prompt in repeated
+    ]
     if score:
       columns['reward'] = rewards.score(score, prompt_texts, texts)
     values = {'distinct_2': rewards.distinct_n(texts, 2)}

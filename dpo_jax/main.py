@@ -10,12 +10,10 @@ Verbs:
 A config key is set by --config.KEY=VALUE.
 """
 
-import difflib
 import json
 import pathlib
 import sys
 
-import jax
 import ml_collections.config_flags
 from absl import app
 from absl import flags
@@ -23,33 +21,34 @@ from absl import logging
 
 from dpo_jax import evaluators
 from dpo_jax import losses
+from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import runs
 from dpo_jax import sampling
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import train
+from dpo_jax import workdirs
 
 CONFIG = ml_collections.config_flags.DEFINE_config_file(
   'config', None, 'Config file, with arguments behind a colon.'
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
-TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where errors arise.')
+flags.DEFINE_bool('traceback', False, 'Show where errors arise.')
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'sample: text to continue.')
 
 
 def prepare(config, workdir):
   """Shows what training would read, keep and drop, and in which rows."""
-  del workdir
+  del workdir  # nothing is written but the data cache
   mesh = sharding.make_mesh(**config.mesh)
   model_config, _, tokenizer = runs.open_model(config.model, mesh=mesh)
   responses = losses.get(config.loss.name).responses
   groups, report = runs.load_groups(
     config.data, tokenizer, model_config, responses=responses
   )
-  print(report)
   plan = train.training_plan(config, groups['train'], mesh)
-  print(f'\ntrain: {plan.summary()}')
+  print(f'{report}\n\ntrain: {plan.summary()}')
 
 
 def sample(config, workdir):
@@ -57,17 +56,21 @@ def sample(config, workdir):
   if not PROMPT.value:
     raise ValueError("sample continues a text; give one with --prompt='...'")
   mesh = sharding.make_mesh(**config.mesh)
+  if workdir:
+    workdirs.check_same(workdir, config, ('model',))
   model_config, params, tokenizer = runs.open_model(config.model, mesh=mesh)
   if workdir:
-    params = runs.restore_newest(workdir, {'params': params})[1]['params']
+    _, items = workdirs.restore_newest(workdir, {'params': params})
+    params = items['params']
   how = config.eval.samples
-  repeat = how.samples_per_prompt
-  repeated = [text for text in PROMPT.value for _ in range(repeat)]
+  repeated = [
+    text for text in PROMPT.value for _ in range(how.samples_per_prompt)
+  ]
   samples = sampling.generate(
     model_config,
     params,
-    runs.encode_prompts(repeated, tokenizer),
-    key=jax.random.key(config.seed),
+    runs.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
+    key=runs.stream(config.seed, 'sample'),
     max_new_tokens=how.max_new_tokens,
     temperature=how.temperature,
     top_p=how.top_p,
@@ -81,31 +84,29 @@ def sample(config, workdir):
 
 def evaluate(config, workdir):
   """Prints the held-out metrics of a policy as one JSON object."""
+  if workdir:
+    workdirs.check_same(workdir, config, (*train.RESUMED, 'eval'))
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
-    run = runs.set_up(config, mesh)
+    run = runs.set_up(config, mesh, splits=('test',))
     params, step = run.params, 0
     if workdir:
-      step, items = runs.restore_newest(workdir, {'params': params})
+      step, items = workdirs.restore_newest(workdir, {'params': params})
       params = items['params']
-    values, _ = run.evaluate(params, step)
+    values, _ = run.evaluate(params)
   values = {name: float(value) for name, value in values.items()}
   print(json.dumps({'step': step, **values}, indent=2))
 
 
-def _print(config):
-  print(json.dumps(config.as_dict(), indent=2))
-
-
 def train_and_print(config, workdir):
   """Trains in `workdir`."""
-  _print(config)
+  print(json.dumps(config.as_dict(), indent=2))
   train.train(config, _needed(workdir))
 
 
 def online_and_print(config, workdir):
   """Runs the rounds of an online config in `workdir`."""
-  _print(config)
+  print(json.dumps(config.as_dict(), indent=2))
   print(online.run(config, _needed(workdir)))
 
 
@@ -123,36 +124,51 @@ VERBS = {
   'online': online_and_print,
 }
 
+# Mistakes of the user end in one line; --traceback shows where they arose.
+MISTAKES = (ValueError, FloatingPointError, OSError, AttributeError, KeyError)
+
 
 def main(argv):
-  """Runs one verb; mistakes of the user end in one line, not a traceback."""
-  verb = argv[1] if len(argv) == 2 else ''
-  if verb not in VERBS:
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    raise app.UsageError(
-      f'expected one verb of {", ".join(VERBS)}, got {argv[1:]}{hint}'
-    )
+  """Runs one verb."""
+  if len(argv) != 2:
+    raise ValueError(f'expected one verb of {", ".join(VERBS)}, got {argv[1:]}')
+  verb = names.look_up(VERBS, 'verb', argv[1])
   if CONFIG.value is None:
-    raise app.UsageError('a verb needs --config=FILE, e.g. configs/sft.py')
-  config = settings.Settings(CONFIG.value.to_dict())
+    raise ValueError('a verb needs --config=FILE, such as configs/sft.py')
   logging.set_verbosity(logging.WARNING)  # Orbax tells much
-  try:
-    VERBS[verb](config, WORKDIR.value)
-  except (ValueError, FloatingPointError, OSError) as error:
-    if TRACEBACK.value:
-      raise
-    sys.exit(f'dpo-jax: {error}')
+  verb(settings.Settings(CONFIG.value.to_dict()), WORKDIR.value)
 
 
 def run():
   """Entry point: `dpo-jax`, `python -m dpo_jax.main`."""
   # Config files import their neighbours: `from configs import common`.
-  for argument in sys.argv:
-    if argument.startswith('--config='):
-      path = pathlib.Path(argument.removeprefix('--config=').partition(':')[0])
+  for argument, following in zip(sys.argv, [*sys.argv[1:], '']):
+    name, equals, value = argument.partition('=')
+    if name in ('--config', '-config'):
+      path = pathlib.Path((value if equals else following).partition(':')[0])
       sys.path.insert(0, str(path.absolute().parents[1]))
-  app.run(main)
+  try:
+    app.run(main, flags_parser=_parse)
+  except MISTAKES as error:
+    if '--traceback' in sys.argv:
+      raise
+    sys.exit(f'dpo-jax: {error}  (--traceback shows where)')
+
+
+def _parse(argv):
+  """Parses flags; what a config file raises is the last line of the error."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError) as error:
+    if '--traceback' in argv:
+      raise
+    text = error
+    while isinstance(text, BaseException) and text.args:
+      text = text.args[0]
+    lines = [line for line in str(text).splitlines() if line.strip()]
+    if isinstance(error, flags.Error):
+      lines = lines[-1:]
+    sys.exit(f'dpo-jax: {" ".join(lines)}')
 
 
 if __name__ == '__main__':

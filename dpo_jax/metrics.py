@@ -10,15 +10,6 @@ import os
 import tensorboardX
 import tqdm
 
-# What a person wants to see of a training step, in this order.
-_SCREEN = (
-  'train/loss',
-  'train/rewards/accuracy',
-  'train/rewards/margin',
-  'train/grad_norm',
-  'train/pairs_per_second',
-)
-
 
 def read(workdir, name='metrics.jsonl'):
   """Returns the records of a run's JSON Lines file, [] where there is none."""
@@ -66,12 +57,8 @@ class Writer:
     self._samples.flush()
     for name, value in values.items():
       self._tensorboard.add_scalar(name, value, step)
-    shown = [name for name in _SCREEN if name in values]
-    shown += [name for name in values if not name.startswith('train/')]
-    text = '  '.join(
-      f'{name.removeprefix("train/")} {values[name]:.4g}' for name in shown
-    )
-    tqdm.tqdm.write(f'step {step:>6}  {text}')
+    text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+    tqdm.tqdm.write(f'step {step}: {text}')
 
   def close(self):
     self._metrics.close()

@@ -3,11 +3,11 @@
 A round is an ordinary offline run over a data set that the round wrote, in a
 workdir of its own, so it resumes like any other:
 
-    workdir/round_1/completions.jsonl         every sample and its reward
-    workdir/round_1/pairs.jsonl               best and worst of each prompt
-    workdir/heldout.jsonl                     prompts that `train` samples
-    workdir/round_1/train/                    see `train`
-    workdir/report.txt, curves.png, frontier.png
+    workdir/heldout.jsonl                   prompts that `train` samples from
+    workdir/round_1/completions.jsonl       every sample and its reward
+    workdir/round_1/pairs.jsonl             better and worse completions
+    workdir/round_1/train/                  see `train`
+    workdir/round_1/report.txt, report.json, curves.png, frontier.png
 
 With one round this is DPO on the policy's own samples; with more it is
 iterative DPO: a round starts from the last one's policy and takes that as its
@@ -17,7 +17,6 @@ reference, and the KL it reports is to that reference.
 import json
 import os
 
-import jax
 import numpy as np
 import tqdm
 
@@ -30,6 +29,7 @@ from dpo_jax import sampling
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import train
+from dpo_jax import workdirs
 from dpo_jax.data import openings
 
 _CURVES = (
@@ -39,46 +39,86 @@ _CURVES = (
   'samples/kl',
 )
 _EXAMPLES = 6  # texts shown in the report
+# Keys of `config.train` that the loop sets, and what they are before.
+_SET_HERE = {
+  'seed': -1,
+  'init': '',
+  'data.source': '',
+  'eval.samples.prompts': '',
+  'eval.samples.reward': '',
+}
 
 
 def run(config, workdir):
-  """Runs all rounds and writes the report; returns its text.
+  """Runs all rounds; returns the text of their reports.
 
   Args:
     config: `settings.Settings` with the keys of configs/quickstart.py.
-      `config.train` is a config of `train`; each round fills in its
-      `data.source`, `init` and `seed`.
+      `config.train` is a config of `train` in which the keys of `_SET_HERE`
+      are left to the loop.
     workdir: directory of all rounds; what is finished there is not redone.
   """
-  # ------------------------------------------------------------- prompts ----
+  # -------------------------------------------------------------- config ----
+  workdir = os.path.abspath(workdir)  # it is part of each round's config
   prompts = read_prompts(config.prompts)
   seed, rounds = config.seed, config.rounds
-  how, reward = dict(config.sampling), rewards.get(config.reward)
+  how, reward = dict(config.sampling), config.reward
   train_config = config.train.as_dict()
+  check_train_config(train_config, max_new_tokens=how['max_new_tokens'])
+  score = rewards.get(reward)
   config.check_all_read(but='train')  # `train` checks its own part
-  runs.claim_workdir(workdir, config)
+  workdirs.claim(workdir, config, json.dumps(prompts))
   heldout = os.path.join(workdir, 'heldout.jsonl')
   write_lines(heldout, [{'prompt': text} for text in prompts['test']])
-  train_config['eval']['samples']['prompts'] = heldout
 
+  texts = []
   for number in range(1, rounds + 1):
     directory = os.path.join(workdir, f'round_{number}')
+    pairs = os.path.join(directory, 'pairs.jsonl')
     train_config['seed'] = seed + number - 1
-    train_config['data']['source'] = os.path.join(directory, 'pairs.jsonl')
+    train_config['data']['source'] = pairs
+    train_config['eval']['samples'] |= {'prompts': heldout, 'reward': reward}
     if number > 1:
-      last = os.path.join(workdir, f'round_{number - 1}', 'train')
-      train_config['init'] = last
+      before = os.path.join(workdir, f'round_{number - 1}', 'train')
+      train_config['init'] = before
     round_config = settings.Settings(train_config)
 
     # ------------------------------------------------ sample, score, pair ----
-    if not os.path.exists(train_config['data']['source']):
-      write_pairs(round_config, prompts['train'], directory, reward, **how)
+    if not os.path.exists(pairs):
+      write_pairs(round_config, prompts['train'], directory, score, **how)
 
     # --------------------------------------------------------------- train ----
     train.train(round_config, os.path.join(directory, 'train'))
 
-  # -------------------------------------------------------------- report ----
-  return write_report(workdir, rounds)
+    # -------------------------------------------------------------- report ----
+    texts.append(f'round {number}\n{write_report(directory)}')
+  return '\n'.join(texts)
+
+
+def check_train_config(config, *, max_new_tokens):
+  """Refuses what would fail, or be silently replaced, hours later."""
+  for name, value in _SET_HERE.items():
+    found = config
+    for part in name.split('.'):
+      found = found[part]
+    if found != value:
+      raise ValueError(
+        f'config.train.{name} is set by the loop; leave it as it is'
+      )
+  samples = config['eval']['samples']
+  if not samples['num_prompts'] or (
+    samples['temperature'] != 1.0 or samples['top_p'] != 1.0
+  ):
+    raise ValueError(
+      'the report needs reward and KL of held-out samples: set'
+      ' train.eval.samples.num_prompts, temperature 1 and top_p 1'
+    )
+  if max_new_tokens >= config['data']['max_response_tokens']:
+    raise ValueError(
+      f'sampling.max_new_tokens is {max_new_tokens}, which'
+      f' train.data.max_response_tokens'
+      f' {config["data"]["max_response_tokens"]} would cut; raise that above it'
+    )
 
 
 def read_prompts(source):
@@ -127,14 +167,15 @@ def write_pairs(
   mesh = sharding.make_mesh(**config.mesh)
   model_config, params, tokenizer = runs.open_model(config.model, mesh=mesh)
   if config.init:
-    params = runs.restore_newest(config.init, {'params': params})[1]['params']
+    _, items = workdirs.restore_newest(config.init, {'params': params})
+    params = items['params']
   repeated = [text for text in prompts for _ in range(samples_per_prompt)]
   with tqdm.tqdm(total=len(repeated), desc='sample') as progress:
     samples = sampling.generate(
       model_config,
       params,
-      runs.encode_prompts(repeated, tokenizer),
-      key=jax.random.key(config.seed),
+      runs.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
+      key=runs.stream(config.seed, 'rollout'),
       max_new_tokens=max_new_tokens,
       temperature=temperature,
       top_p=top_p,
@@ -157,6 +198,11 @@ def write_pairs(
     f'{len(repeated)} completions of {len(prompts)} prompts, mean reward'
     f' {values.mean():.3f}; {len(pairs)} pairs, {ties} left out as ties'
   )
+  if not pairs:
+    raise ValueError(
+      'every prompt got completions of one and the same reward, so there are no'
+      ' pairs; use another reward or more sampling.samples_per_prompt'
+    )
   os.makedirs(directory, exist_ok=True)
   write_lines(
     os.path.join(directory, 'completions.jsonl'),
@@ -209,16 +255,11 @@ def best_and_worst(
   return pairs
 
 
-def write_report(workdir, rounds):
-  """Writes numbers, example texts and pictures; returns the text."""
-  records, samples = [], []
-  for number in range(1, rounds + 1):
-    directory = os.path.join(workdir, f'round_{number}', 'train')
-    start = records[-1]['step'] if records else 0
-    for record in metrics.read(directory):
-      records.append(record | {'step': record['step'] + start})
-    for sample in metrics.read(directory, 'samples.jsonl'):
-      samples.append(sample | {'step': sample['step'] + start})
+def write_report(directory):
+  """Writes a round's numbers, example texts and pictures; returns the text."""
+  workdir = os.path.join(directory, 'train')
+  records = metrics.read(workdir)
+  samples = metrics.read(workdir, 'samples.jsonl')
   points = [
     {
       name.removeprefix('samples/'): value
@@ -228,11 +269,9 @@ def write_report(workdir, rounds):
     for record in records
     if 'samples/reward' in record
   ]
-  text = report.summary(points[0], points[-1])
   first = [s for s in samples if s['step'] == samples[0]['step']]
   last = [s for s in samples if s['step'] == samples[-1]['step']]
   pairs = list(zip(first, last))
-  shown = pairs[:: max(1, len(pairs) // _EXAMPLES)][:_EXAMPLES]
   table = report.text_table(
     [
       {
@@ -242,13 +281,18 @@ def write_report(workdir, rounds):
         'after': after['response'],
         'after_reward': after['reward'],
       }
-      for before, after in shown
+      for before, after in pairs[:: max(1, len(pairs) // _EXAMPLES)][:_EXAMPLES]
     ]
   )
-  report.curves_png(records, os.path.join(workdir, 'curves.png'), keys=_CURVES)
-  report.frontier_png(points, os.path.join(workdir, 'frontier.png'))
-  with open(os.path.join(workdir, 'report.txt'), 'w') as f:
-    f.write(f'{table}\n{text}')
-  with open(os.path.join(workdir, 'report.json'), 'w') as f:
+  text = f'{table}\n{report.summary(points[0], points[-1])}'
+
+  def path(name):
+    return os.path.join(directory, name)
+
+  report.curves_png(records, path('curves.png'), keys=_CURVES)
+  report.frontier_png(points, path('frontier.png'))
+  with open(path('report.txt'), 'w', encoding='utf-8') as f:
+    f.write(text)
+  with open(path('report.json'), 'w') as f:
     json.dump({'before': points[0], 'after': points[-1]}, f, indent=2)
-  return f'{table}\n{text}'
+  return text

@@ -1,8 +1,8 @@
 """Optimizers and learning-rate schedules."""
 
-import difflib
-
 import optax
+
+from dpo_jax import names
 
 SCHEDULES = ('constant', 'linear', 'cosine')
 
@@ -52,13 +52,10 @@ def make(name, schedule, *, clip_norm, keywords):
     keywords: exactly the keys of `OPTIMIZERS[name]`. `weight_decay` applies
       to every parameter, as torch.optim.AdamW's does.
   """
-  if name not in OPTIMIZERS:
-    near = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0.0)
-    raise ValueError(f'unknown optimizer {name!r}; did you mean {near[0]!r}?')
-  if set(keywords) != set(OPTIMIZERS[name]):
+  known = names.look_up(OPTIMIZERS, 'optimizer', name)
+  if set(keywords) != set(known):
     raise ValueError(
-      f'optimizer {name!r} takes {sorted(OPTIMIZERS[name])}, got'
-      f' {sorted(keywords)}'
+      f'optimizer {name!r} takes {sorted(known)}, got {sorted(keywords)}'
     )
   if name == 'adamw':
     tx = optax.adamw(schedule, **keywords)

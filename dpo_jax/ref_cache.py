@@ -3,7 +3,8 @@
 One float32 per scored token, in the order of the data set, independent of how
 groups are packed, ordered or scored: runs that differ in learning rate, beta,
 loss, batch size or seed share a file. The key covers what changes the
-numbers: the weights, the architecture, the compute dtype and the tokens.
+numbers: the weights, the architecture, the compute dtype, the kind of device,
+the version of this code and the tokens.
 """
 
 import dataclasses
@@ -18,8 +19,11 @@ import tqdm
 from dpo_jax import sharding
 from dpo_jax.data import batches
 
-# Fields of TransformerConfig that change speed or memory, not values.
-_NEUTRAL = ('remat', 'scan_unroll')
+# Raise when a change of the model's code changes its numbers.
+VERSION = 1
+# Fields of TransformerConfig that change speed or memory, not values: the
+# position table, where there is one, is part of the weights.
+_NEUTRAL = ('remat', 'scan_unroll', 'max_positions')
 
 
 def params_digest(params):
@@ -49,6 +53,8 @@ def key(params, model_config, groups):
   for name in _NEUTRAL:
     del config[name]
   made_of = {
+    'version': VERSION,
+    'backend': jax.default_backend(),
     'weights': params_digest(params),
     'model': config,
     'tokens': groups_digest(groups),
@@ -70,12 +76,10 @@ def compute(token_logps, params, plan, mesh, *, name):
   forward = jax.jit(token_logps, out_shardings=sharding.replicated(mesh))
   starts = plan.starts
   values = np.zeros(starts[-1], np.float32)
-  share = {'process': jax.process_index(), 'processes': jax.process_count()}
-  everything = {'process': 0, 'processes': 1}
   for step in tqdm.trange(plan.num_steps, desc=f'reference log-probs, {name}'):
-    mine = sharding.put_rows(plan.batch(step, **share), mesh)
-    laid_out = np.asarray(forward(params, mine))
-    batches.collect(laid_out, starts, plan.batch(step, **everything), values)
+    batch = plan.batch(step)
+    laid_out = forward(params, sharding.put_rows(batch, mesh))
+    batches.collect(np.asarray(laid_out), starts, batch, values)
   return values
 
 
@@ -84,20 +88,19 @@ def load_or_compute(
 ):
   """Returns per-token reference log-probs of `plan.groups`, from disk if there.
 
-  The file is written to a temporary name and moved, so a killed run leaves no
-  broken cache.
+  The array is written to a temporary name and moved, so a killed run leaves no
+  broken cache; the .json beside it is for people.
   """
   digest, made_of = key(params, model_config, plan.groups)
   path = os.path.join(directory, f'{digest}.npy')
   if os.path.exists(path):
     return np.load(path)
   values = compute(token_logps, params, plan, mesh, name=name)
-  if jax.process_index() == 0:
-    os.makedirs(directory, exist_ok=True)
-    with open(os.path.join(directory, f'{digest}.json'), 'w') as f:
-      json.dump(made_of, f, indent=2)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    with open(temporary, 'wb') as f:
-      np.save(f, values)
-    os.replace(temporary, path)
+  os.makedirs(directory, exist_ok=True)
+  temporary = f'{path}.{os.getpid()}.tmp'
+  with open(os.path.join(directory, f'{digest}.json'), 'w') as f:
+    json.dump(made_of, f, indent=2)
+  with open(temporary, 'wb') as f:
+    np.save(f, values)
+  os.replace(temporary, path)
   return values

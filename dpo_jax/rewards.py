@@ -4,11 +4,12 @@ A reward is a function `reward(prompts, responses) -> float array [N]` of two
 lists of texts. Add one by writing it and naming it in `REWARDS`.
 """
 
-import difflib
 import functools
 
 import numpy as np
 from vaderSentiment import vaderSentiment
+
+from dpo_jax import names
 
 
 @functools.cache
@@ -43,13 +44,7 @@ REWARDS = {'vader': vader, 'length': length}
 
 def get(name):
   """Returns the reward of that name."""
-  if name not in REWARDS:
-    near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
-    raise ValueError(
-      f'no reward is called {name!r}; did you mean {near!r}? There are'
-      f' {sorted(REWARDS)}'
-    )
-  return REWARDS[name]
+  return names.look_up(REWARDS, 'reward', name)
 
 
 def score(reward, prompts, responses):
@@ -87,8 +82,3 @@ def distinct_n(texts, n):
     words = text.lower().split()
     grams += zip(*(words[i:] for i in range(n)))
   return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def mean_length(texts):
-  """Returns the mean number of words split at white space."""
-  return float(np.mean([len(text.split()) for text in texts]))

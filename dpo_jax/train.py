@@ -20,8 +20,10 @@ from dpo_jax import checkpoint
 from dpo_jax import evaluators
 from dpo_jax import metrics
 from dpo_jax import optim
+from dpo_jax import ref_cache
 from dpo_jax import runs
 from dpo_jax import sharding
+from dpo_jax import workdirs
 from dpo_jax.data import batches
 from dpo_jax.data import rows
 
@@ -52,27 +54,51 @@ def make_step(sums, tx, schedule, *, batch_size):
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     values = evaluators.means(totals)
-    values['grad_norm'] = optax.global_norm(grads)
+    values['grad_norm'] = optax.tree.norm(grads)
     values['learning_rate'] = schedule(state.step)
     params = optax.apply_updates(state.params, updates)
+    values['param_norm'] = optax.tree.norm(params)
     return State(params, opt_state, state.step + 1), values
 
   return step
 
 
-def init_state(params, tx, mesh):
-  """Returns the State before the first step; moments lie as parameters do."""
-  replicated = sharding.replicated(mesh)
-  shardings = optax.tree.map_params(
-    tx,
-    lambda _, param: param.sharding,
-    jax.eval_shape(tx.init, params),
-    params,
-    transform_non_params=lambda _: replicated,
+def state_shapes(params, tx):
+  """Returns the State as shapes with shardings; moments lie as params do."""
+  replicated = sharding.replicated(jax.tree.leaves(params)[0].sharding.mesh)
+
+  def shape(x, where):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  opt_state = jax.eval_shape(tx.init, params)
+  return State(
+    params=jax.tree.map(lambda x: shape(x, x.sharding), params),
+    opt_state=optax.tree.map_params(
+      tx,
+      lambda moment, param: shape(moment, param.sharding),
+      opt_state,
+      params,
+      transform_non_params=lambda x: shape(x, replicated),
+    ),
+    step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
   )
-  opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
-  step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
+
+
+def init_state(params, tx):
+  """Returns the State before the first step."""
+  shardings = jax.tree.map(lambda x: x.sharding, state_shapes(params, tx))
+  opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
+  step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
   return State(params, opt_state, step)
+
+
+def restored_state(shapes, workdir):
+  """Returns the newest saved State of a run; `shapes` as of `state_shapes`."""
+  step, items = workdirs.restore_newest(workdir, saved(shapes))
+  return State(
+    step=jax.device_put(jnp.asarray(step, jnp.int32), shapes.step.sharding),
+    **items,
+  )
 
 
 def saved(state):
@@ -80,16 +106,10 @@ def saved(state):
   return {'params': state.params, 'opt_state': state.opt_state}
 
 
-def restored(state, step, items):
-  """Puts the items of checkpoint `step` in place of `state`'s."""
-  step = jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding)
-  return State(step=step, **items)
-
-
 def training_plan(config, groups, mesh):
   """Plans `num_steps` steps, or as many as `epochs` passes need."""
   num_steps, epochs = config.num_steps, config.epochs
-  if bool(num_steps) == bool(epochs):
+  if bool(num_steps) == bool(epochs) or min(num_steps, epochs) < 0:
     raise ValueError(
       'set one of num_steps and epochs and leave the other 0; got num_steps'
       f' {num_steps}, epochs {epochs}'
@@ -107,15 +127,25 @@ def training_plan(config, groups, mesh):
 
 
 def check_finite(values, step, checkpoints):
-  """Raises on a NaN or infinite loss or gradient of update `step`."""
-  for name in ('loss', 'grad_norm'):
-    if not np.isfinite(values[name]):
-      kept = checkpoints.latest()
-      raise FloatingPointError(
-        f'{name} is {values[name]} at step {step}; the last good checkpoint'
-        f' is {"none" if kept is None else f"that of step {kept}"}. Lower'
-        ' optim.lr or set optim.clip_norm'
-      )
+  """Raises where a loss, a gradient or the updated parameters are not finite.
+
+  Called on every step's metrics and on every evaluation before a checkpoint
+  is written, so a checkpoint never holds what it finds.
+  """
+  for name, value in values.items():
+    if name.split('/')[-1] in ('loss', 'grad_norm', 'param_norm'):
+      if not np.isfinite(value):
+        kept = checkpoints.latest()
+        raise FloatingPointError(
+          f'{name} is {value} at step {step}; the last good checkpoint is'
+          f' {"none" if kept is None else f"that of step {kept}"}. Go on from'
+          ' it in a new workdir, with config.resume set to this one and a'
+          ' smaller optim.lr or a smaller optim.clip_norm'
+        )
+
+
+# What a run must share with the one whose state it goes on with.
+RESUMED = ('init', 'model', 'reference', 'data', 'loss')
 
 
 def train(config, workdir):
@@ -127,7 +157,7 @@ def train(config, workdir):
       checkpoints/ of this run; a run found there is resumed.
   """
   workdir = os.fspath(workdir)
-  runs.check_workdir(workdir, config)
+  workdirs.check(workdir, config)
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
     return _train(config, workdir, mesh)
@@ -158,10 +188,13 @@ def _train(config, workdir, mesh):
     clip_norm=config.optim.clip_norm,
     keywords=dict(config.optim.keywords),
   )
-  step = make_step(run.sums, tx, schedule, batch_size=config.batch_size)
-  step = jax.jit(step, donate_argnums=0)
-  state = init_state(run.params, tx, mesh)
-  run.params = None  # donated with the state
+  shapes = state_shapes(run.params, tx)
+  shardings = jax.tree.map(lambda x: x.sharding, shapes)
+  step = jax.jit(
+    make_step(run.sums, tx, schedule, batch_size=config.batch_size),
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
 
   # ------------------------------------------------------------- restore ----
   # 1 this workdir, 2 config.resume, 3 config.init, 4 model.source; the last
@@ -172,16 +205,21 @@ def _train(config, workdir, mesh):
     'save': config.checkpoint.every,
   }
   resume, keep = config.resume, config.checkpoint.keep
+  if resume:
+    workdirs.check_same(resume, config, RESUMED)
   config.check_all_read()
-  runs.claim_workdir(workdir, config)
+  checkpoint.check_keep(keep)
+  workdirs.claim(workdir, config, ref_cache.groups_digest(groups['train']))
   checkpoints = checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'), keep=keep
   )
-  first = checkpoints.latest()
-  if first is not None:
-    state = restored(state, first, checkpoints.restore(first, saved(state)))
-  elif resume:
-    state = restored(state, *runs.restore_newest(resume, saved(state)))
+  newest = checkpoints.latest()
+  if newest is None and not resume:
+    state = init_state(run.params, tx)
+    run.params = None  # donated with the state
+  else:
+    run.params = None  # makes room
+    state = restored_state(shapes, resume if newest is None else workdir)
   first = int(state.step)
   writer = metrics.Writer(workdir, after=first if first else -1)
 
@@ -190,21 +228,31 @@ def _train(config, workdir, mesh):
     every = intervals[what]
     return number == num_steps or (every and number % every == 0)
 
+  since = []  # steps done since the last record, and when the first began
+  clock = None
+
   def finish(number, values):
     """Waits for a step, checks and logs its metrics."""
     nonlocal clock
     values = jax.device_get(values)
-    seconds, clock = time.perf_counter() - clock, time.perf_counter()
     check_finite(values, number, checkpoints)
+    since.append(number)
     if due('log', number):
-      rates = speed(plan, number - 1, seconds)
+      rates = speed(plan, since, time.perf_counter() - clock)
       named = {f'train/{name}': x for name, x in (values | rates).items()}
       writer.write(number, named)
+      since.clear()
+      clock = time.perf_counter()
 
-  clock = time.perf_counter()  # when the last step, or a pause, was over
+  def measure(number):
+    values, samples = run.evaluate(state.params)
+    check_finite(values, number, checkpoints)
+    writer.write(number, values, samples)
+
+  compiled = {}  # rows of a batch -> the step for that shape
   try:
     if not first:
-      writer.write(0, *run.evaluate(state.params, 0))
+      measure(0)
     pending = None  # the previous step's metrics, still on the device
     clock = time.perf_counter()
     for number in tqdm.trange(
@@ -213,31 +261,44 @@ def _train(config, workdir, mesh):
       batch = evaluators.put_batch(
         plan, number - 1, mesh, ref_values=ref_values['train']
       )
-      state, values = step(state, step_ref, batch)
+      count = plan.rows_of(number - 1)
+      pause = time.perf_counter()
+      if count not in compiled:
+        compiled[count] = step.lower(state, step_ref, batch).compile()
+        pause = time.perf_counter() - pause
+        tqdm.tqdm.write(f'compiled for {count} rows in {pause:.1f} s')
+        clock += pause
+      state, values = compiled[count](state, step_ref, batch)
       if pending:
         finish(*pending)
       pending = number, values
       if due('evaluate', number) or due('save', number):
         finish(*pending)
         pending = None
+        pause = time.perf_counter()
         if due('evaluate', number):
-          writer.write(number, *run.evaluate(state.params, number))
+          measure(number)
         if due('save', number):
           checkpoints.save(number, saved(state))
-        clock = time.perf_counter()
+        clock += time.perf_counter() - pause
   finally:  # whatever happens, saves under way are finished
     checkpoints.close()
     writer.close()
   return state.params
 
 
-def speed(plan, step, seconds):
-  """Rates of one step: pairs/s, real tokens/s, share of slots with a token."""
-  used = [plan.groups[g] for g in plan.steps[step]]
-  tokens = sum(map(rows.slots_needed, used))
+def speed(plan, numbers, seconds):
+  """Means over steps (1 is the first): seconds, pairs/s, real tokens/s, fill.
+
+  `row_fill` is the share of slots that hold a token.
+  """
+  steps = [number - 1 for number in numbers]
+  groups = [plan.groups[g] for step in steps for g in plan.steps[step]]
+  tokens = sum(map(rows.slots_needed, groups))
+  slots = sum(map(plan.rows_of, steps)) * plan.row_length
   return {
-    'step_seconds': seconds,
-    'pairs_per_second': len(used) / seconds,
+    'step_seconds': seconds / len(steps),
+    'pairs_per_second': len(groups) / seconds,
     'tokens_per_second': tokens / seconds,
-    'row_fill': tokens / (plan.rows_of(step) * plan.row_length),
+    'row_fill': tokens / slots,
   }

@@ -8,13 +8,11 @@ memory than the parameters.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from typing import Any
 
 import gguf
-import jax.numpy as jnp
 import safetensors
 
 from dpo_jax.data import tokenizers
@@ -26,17 +24,13 @@ from dpo_jax.models import transformer
 class Loaded:
   """A model as it comes from disk.
 
-  params: nested dict of numpy arrays (see `transformer`).
+  params: nested dict of float32 numpy arrays (see `transformer`).
   tokenizer: see `data/tokenizers`, or None where the checkpoint has none.
-  digest: changes whenever config, weights or their dtype do; part of the key
-    of everything that is cached about this model.
   """
 
   config: transformer.TransformerConfig
   params: dict[str, Any]
   tokenizer: Any
-  digest: str
-  family: families.Family
 
 
 class _LazyTensor:
@@ -51,13 +45,13 @@ class _LazyTensor:
     return array if dtype is None else array.astype(dtype)
 
 
-def load(source, *, dtype: str = 'float32') -> Loaded:
-  """Load a Hugging Face folder or a .gguf file."""
+def load(source) -> Loaded:
+  """Loads a Hugging Face folder or a .gguf file."""
   path = pathlib.Path(source).expanduser()
   if path.is_dir():
-    loaded = _load_folder(path, jnp.dtype(dtype))
+    loaded = _load_folder(path)
   elif path.is_file() and path.suffix == '.gguf':
-    loaded = _load_gguf(path, jnp.dtype(dtype))
+    loaded = _load_gguf(path)
   elif path.exists():
     raise ValueError(
       f'{path} is neither a folder nor a .gguf file; give a '
@@ -77,35 +71,24 @@ def load(source, *, dtype: str = 'float32') -> Loaded:
   return loaded
 
 
-def _digest(files, dtype) -> str:
-  digest = hashlib.sha256(str(dtype).encode())
-  for path in files:
-    with open(path, 'rb') as file:
-      digest.update(hashlib.file_digest(file, 'sha256').digest())
-  return digest.hexdigest()
-
-
 # --- Hugging Face folders ----------------------------------------------------
 
 
-def _load_folder(folder: pathlib.Path, dtype) -> Loaded:
+def _load_folder(folder: pathlib.Path) -> Loaded:
   attributes = _json(folder / 'config.json')
   config = families.config_from_hf(attributes)
   family = families.family_of(attributes['model_type'])
-  files = _safetensors_files(folder)
   tensors = {}
-  for path in files:
+  for path in _safetensors_files(folder):
     tensors.update(_lazy_safetensors(path))
   try:
-    params = families.from_hf(tensors, config, family=family, dtype=dtype)
+    params = families.from_hf(tensors, config, family=family)
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from error
   return Loaded(
     config=config,
     params=params,
     tokenizer=tokenizers.from_folder(folder),
-    digest=_digest([folder / 'config.json', *files], dtype),
-    family=family,
   )
 
 
@@ -174,7 +157,7 @@ def _json(path: pathlib.Path) -> dict:
 # --- GGUF --------------------------------------------------------------------
 
 
-def _load_gguf(path: pathlib.Path, dtype) -> Loaded:
+def _load_gguf(path: pathlib.Path) -> Loaded:
   try:
     reader = gguf.GGUFReader(path)
   except (ValueError, KeyError, IndexError, OverflowError) as error:
@@ -190,16 +173,10 @@ def _load_gguf(path: pathlib.Path, dtype) -> Loaded:
       metadata, {name: tensor.shape for name, tensor in tensors.items()}
     )
     tokenizer = tokenizers.from_gguf(metadata)
-    params = families.from_gguf(tensors, config, family=family, dtype=dtype)
+    params = families.from_gguf(tensors, config, family=family)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
-  return Loaded(
-    config=config,
-    params=params,
-    tokenizer=tokenizer,
-    digest=_digest([path], dtype),
-    family=family,
-  )
+  return Loaded(config=config, params=params, tokenizer=tokenizer)
 
 
 def _lazy_gguf(tensor) -> _LazyTensor:

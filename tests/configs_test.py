@@ -38,7 +38,9 @@ def test_debug_quickstart_reports(tmp_path):
   text = online.run(settings.Settings(config.to_dict()), str(tmp_path / 'run'))
   assert 'mean reward' in text and 'sequence KL' in text
   for name in ('report.txt', 'report.json', 'curves.png', 'frontier.png'):
-    assert (tmp_path / 'run' / name).stat().st_size > 100
+    for number in (1, 2):
+      path = tmp_path / 'run' / f'round_{number}' / name
+      assert path.stat().st_size > 100
   # A second call finds everything done and says the same.
   again = online.run(settings.Settings(config.to_dict()), str(tmp_path / 'run'))
   assert again == text
@@ -63,7 +65,7 @@ def test_the_papers_settings_are_the_default():
 @pytest.mark.parametrize(
   'arg, message',
   [
-    ('los=dpo', "'los' is unknown; did you mean 'loss'"),
+    ('los=dpo', "unknown config argument 'los'; did you mean 'loss'"),
     ('loss=ipo_sam', "did you mean 'ipo_sum'"),
     ('model=smollm2', "did you mean 'smollm2-135m'"),
     ('data=hhh', "did you mean 'hh'"),

@@ -1,18 +1,31 @@
-"""Eight CPU devices, strict shapes, and the optional shared data."""
+"""Eight CPU devices, caches of the tests' own, the optional shared data."""
 
 import os
 import pathlib
-
-# Before jax is imported anywhere.
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8'
-  # Half the compile time; the laws under test hold at any level.
-  + ' --xla_backend_optimization_level=1'
-)
+import tempfile
 
 import pytest
+
+
+def pytest_configure(config):
+  """Sets the environment; test modules, and with them jax, come after."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8'
+    # Half the compile time; the laws under test hold at any level.
+    + ' --xla_backend_optimization_level=0'
+  )
+  folder = tempfile.TemporaryDirectory(prefix='dpo_jax_tests_')
+  config.add_cleanup(folder.cleanup)
+  # What several tests, or a killed and a resumed process, compile is compiled
+  # once.
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{folder.name}/compiled'
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+  # Slow tests fetch 98 MB into the user's cache; the others leave it alone.
+  if config.option.markexpr != 'slow':
+    os.environ['DPO_JAX_CACHE'] = f'{folder.name}/cache'
 
 
 @pytest.fixture(scope='session')

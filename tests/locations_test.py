@@ -50,15 +50,16 @@ def test_hh_subsets_must_have_the_same_splits(tmp_path):
     ('imdb', None, 'aclImdb_v1.tar.gz'),
     ('imdb', ('train',), 'no subsets'),
     ('jsonl', None, r'no file \*.jsonl.gz'),
-    ('jsnol', None, "did you mean 'jsonl'"),
+    ('jsonl', ('a',), r'no file \*.jsonl.gz'),
+    ('jsnol', None, "unknown task 'jsnol'; did you mean 'jsonl'"),
   ],
 )
 def test_what_is_not_there_is_named(tmp_path, task, subsets, message):
-  with pytest.raises(locations.SourceError, match=message):
+  with pytest.raises(ValueError, match=message):
     _locate(task, tmp_path, subsets)
 
 
-@pytest.mark.parametrize('task', locations.TASKS)
+@pytest.mark.parametrize('task', locations.PLACES)
 def test_missing_folder_is_named(tmp_path, task):
   with pytest.raises(locations.SourceError, match=r'no file or folder .*gone'):
     _locate(task, tmp_path / 'gone')
@@ -72,6 +73,10 @@ def test_jsonl_takes_a_file_a_folder_or_named_splits(tmp_path):
   ]
   assert _names(_locate('jsonl', tmp_path, ('b',))) == [('b.jsonl.gz', None)]
   assert _names(_locate('jsonl', tmp_path / 'a.jsonl')) == [('a.jsonl', None)]
+  with pytest.raises(ValueError, match=r"unknown file in .* 'c'; did you mean"):
+    _locate('jsonl', tmp_path, ('c',))
+  with pytest.raises(locations.SourceError, match='leave subsets out'):
+    _locate('jsonl', tmp_path / 'a.jsonl', ('a',))
   # A test file must not end up in training because another file lies beside it.
   _touch(tmp_path, 'train.jsonl', 'test.jsonl')
   with pytest.raises(locations.SourceError, match=r"subsets=.'test', 'train'"):
@@ -100,8 +105,8 @@ def test_digest_follows_every_byte_and_name(tmp_path):
 def test_official_files_are_downloaded_into_the_cache(tmp_path, monkeypatch):
   calls = []
 
-  def download(url, path, *, sha256=None):
-    del sha256
+  def download(url, path, *, begins):
+    assert begins == b'\x1f\x8b'
     calls.append(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(b'{}\n'))
@@ -121,6 +126,40 @@ def test_official_files_are_downloaded_into_the_cache(tmp_path, monkeypatch):
   ]
 
 
+@pytest.mark.parametrize(
+  'task, name, right',
+  [
+    ('hh', 'helpful-base/train.jsonl.gz', gzip.compress(b'{}')),
+    ('tldr', 'batch3.json', b'{"info": {}}\n'),
+    ('imdb', 'aclImdb_v1.tar.gz', gzip.compress(b'tar')),
+  ],
+)
+def test_a_login_page_is_never_taken_for_data(
+  tmp_path, monkeypatch, task, name, right
+):
+  subsets = {'hh': ('helpful-base',), 'tldr': ('batch3',), 'imdb': None}[task]
+  sent = [b'<!DOCTYPE html><html>Please log in</html>']
+  monkeypatch.setattr(
+    fetch, '_copy_url', lambda _, partial: partial.write_bytes(sent[-1])
+  )
+  path = tmp_path / 'downloads' / task / name
+
+  def locate():
+    return locations.locate(
+      task, source='official', cache_dir=tmp_path, subsets=subsets
+    )
+
+  with pytest.raises(fetch.FetchError, match='login page'):
+    locate()
+  assert not path.exists()
+  # Nor is one that an earlier version let through.
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(sent[-1])
+  sent.append(right)
+  assert path in [file.path for file in locate()]
+  assert path.read_bytes() == right
+
+
 def test_official_addresses_of_the_other_tasks():
   tldr = locations.official_urls('tldr', subsets=None)
   assert len(tldr) == 20
@@ -134,5 +173,9 @@ def test_official_addresses_of_the_other_tasks():
       'https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz'
     )
   }
+  with pytest.raises(ValueError, match="unknown TL;DR batch 'batch21'"):
+    locations.official_urls('tldr', subsets=('batch21',))
+  with pytest.raises(locations.SourceError, match='no subsets'):
+    locations.official_urls('imdb', subsets=('train',))
   with pytest.raises(locations.SourceError, match='no official files'):
     locations.official_urls('jsonl', subsets=None)

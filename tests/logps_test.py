@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,23 +26,29 @@ def naive(hidden, unembed, target):
   return picked[..., 0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def values_and_grads(function, hidden, unembed, target, weight):
+  def total(hidden, unembed):
+    values = function(hidden, unembed, target)
+    return jnp.sum(weight * values), values
+
+  grads, values = jax.grad(total, (0, 1), has_aux=True)(hidden, unembed)
+  return values, *grads
+
+
 @pytest.mark.parametrize('chunk', [1, 7, 12, 16, 30, 200])
 def test_chunked_equals_naive_in_value_and_gradient(chunk):
   hidden, unembed, target, weight = arrays()
-
-  def total(function):
-    return lambda h, u: jnp.sum(weight * function(h, u))
-
-  chunked = total(lambda h, u: logps.token_logps(h, u, target, chunk))
-  plain = total(lambda h, u: naive(h, u, target))
-  np.testing.assert_allclose(
-    logps.token_logps(hidden, unembed, target, chunk),
-    naive(hidden, unembed, target),
-    atol=1e-5,
-  )
   for ours, expected in zip(
-    jax.jit(jax.grad(chunked, (0, 1)))(hidden, unembed),
-    jax.grad(plain, (0, 1))(hidden, unembed),
+    values_and_grads(
+      functools.partial(logps.token_logps, chunk=chunk),
+      hidden,
+      unembed,
+      target,
+      weight,
+    ),
+    values_and_grads(naive, hidden, unembed, target, weight),
+    strict=True,
   ):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
@@ -51,37 +59,50 @@ def test_extreme_logits_stay_finite():
   def function(hidden):
     return jnp.sum(logps.token_logps(hidden, unembed, target, 4))
 
-  value, grad = jax.value_and_grad(function)(1e4 * hidden)
+  value, grad = jax.jit(jax.value_and_grad(function))(1e4 * hidden)
   assert np.isfinite(value) and np.isfinite(grad).all()
 
 
 def test_bfloat16_states_give_float32_log_probs():
   hidden, unembed, target, _ = arrays()
   low = hidden.astype(jnp.bfloat16)
-  out = logps.token_logps(low, unembed, target, 4)
+  out = jax.jit(logps.token_logps, static_argnums=3)(low, unembed, target, 4)
   assert out.dtype == jnp.float32
   rounded = unembed.astype(jnp.bfloat16).astype(jnp.float32)
   expected = naive(low.astype(jnp.float32), rounded, target)
   np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-def test_no_array_of_all_tokens_and_the_vocabulary_is_held():
-  tokens, vocab = 512, 4096
+def loss(hidden, unembed, target):
+  return jnp.sum(logps.token_logps(hidden, unembed, target, 32))
+
+
+def kl(hidden, unembed, target):
+  del target
+  return logps.token_kls(hidden, unembed, hidden, unembed, chunk=32)
+
+
+@pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.parametrize(
+  'function, arrays_held',
+  [(loss, 1), (jax.value_and_grad(loss, (0, 1)), 3), (kl, 2)],
+  ids=['value', 'gradient', 'kl'],
+)
+def test_a_chunk_bounds_the_logits_of_all_rows(function, arrays_held, rows):
+  tokens, vocab, chunk = 512, 4096, 32
   shapes = [
     jax.ShapeDtypeStruct(shape, dtype)
     for shape, dtype in [
-      ((1, tokens, D), jnp.float32),
+      ((rows, tokens, D), jnp.float32),
       ((vocab, D), jnp.float32),
-      ((1, tokens), jnp.int32),
+      ((rows, tokens), jnp.int32),
     ]
   ]
-
-  def loss(hidden, unembed, target):
-    return jnp.sum(logps.token_logps(hidden, unembed, target, 32))
-
-  compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile()
+  compiled = jax.jit(function).lower(*shapes).compile()
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  assert temporary < tokens * vocab * 4 / 4
+  # Half an array more is for everything without a vocabulary axis; a chunk of
+  # each row would be four times as much.
+  assert temporary < (arrays_held + 0.5) * chunk * vocab * 4
 
 
 def test_kl_equals_full_vocabulary_sum():

@@ -49,9 +49,10 @@ def test_prepare_train_eval_sample(tmp_path):
   assert saved['optim']['lr'] == 2e-3
   assert json.loads(result.stdout[: result.stdout.index('\n}') + 2]) == saved
 
-  result = dpo_jax('eval', *options(tmp_path))
+  learned = '--config.optim.lr=2e-3'
+  result = dpo_jax('eval', *options(tmp_path, learned))
   assert result.returncode == 0, result.stderr
-  values = json.loads(result.stdout[result.stdout.index('{\n') :])
+  values = json.loads(result.stdout)
   last = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1]
   assert values == json.loads(last)
 
@@ -59,16 +60,23 @@ def test_prepare_train_eval_sample(tmp_path):
   assert result.returncode == 0, result.stderr
   assert json.loads(result.stdout)['prompt'] == 'question'
 
+  result = dpo_jax('eval', *options(tmp_path, '--config.loss.beta=0.3'))
+  assert result.returncode != 0
+  assert 'loss.beta: 0.1 -> 0.3' in result.stderr
+
 
 @pytest.mark.parametrize(
   'arguments, message',
   [
     (['trian'], "did you mean 'train'"),
     (['train'], 'needs --config'),
+    (['train', 'twice'], 'expected one verb'),
+    (['train', '--config', 'configs/sft.py:lss=sft'], "mean 'loss'"),
+    (['train', '--config=configs/preference.py:loss=ipo_sam'], 'ipo_sum'),
     (['train', '--config=configs/sft.py:data=hh,lss=sft'], "mean 'loss'"),
     (
       ['train', '--config=configs/sft.py', '--config.optim.lrr=1'],
-      'optim.lr',
+      'Did you mean "lr"',
     ),
     (['train', '--config=configs/sft.py'], 'add --workdir=DIR'),
     (['sample', '--config=configs/sft.py:debug'], '--prompt='),
@@ -83,3 +91,4 @@ def test_mistakes_end_in_one_clear_line(arguments, message):
   result = dpo_jax(*arguments)
   assert result.returncode != 0
   assert message in result.stderr, result.stderr
+  assert 'Traceback' not in result.stderr

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from configs import quickstart
 from dpo_jax import online
 
 
@@ -56,3 +57,26 @@ def test_prompts_in_train_and_test_are_refused(tmp_path):
   path.write_text(json.dumps({'train': ['a']}))
   with pytest.raises(ValueError, match='must hold'):
     online.read_prompts(str(path))
+
+
+def train_config(**changes):
+  config = quickstart.get_config('debug')
+  config.train.update_from_flattened_dict(changes)
+  return config.train.to_dict()
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'seed': 3}, 'train.seed is set by the loop'),
+    ({'data.source': 'x.jsonl'}, 'train.data.source is set by the loop'),
+    ({'eval.samples.reward': 'length'}, 'reward is set by the loop'),
+    ({'eval.samples.temperature': 0.7}, 'temperature 1'),
+    ({'eval.samples.num_prompts': 0}, 'num_prompts'),
+    ({'data.max_response_tokens': 4}, 'would cut; raise that above it'),
+  ],
+)
+def test_what_would_fail_late_is_refused_at_the_start(changes, message):
+  with pytest.raises(ValueError, match=message):
+    online.check_train_config(train_config(**changes), max_new_tokens=4)
+  online.check_train_config(train_config(), max_new_tokens=4)

@@ -9,7 +9,7 @@ _FILE = locations.RawFile(pathlib.Path('f'), 'helpful-base/test.jsonl', 'test')
 
 
 def _parse(task, row, form='pairs'):
-  return records.PARSERS[task](row, _FILE, 3, form)
+  return records.TASKS[task].parse(row, _FILE, 3, form)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def replay(folder, *, loss_name, beta, optimizer, row_length):
   params = jax.device_put(
     jax.tree.map(jnp.array, policy.params), sharding.replicated(mesh)
   )
-  state = train.init_state(params, tx, mesh)
+  state = train.init_state(params, tx)
   out = []
   for number in range(plan.num_steps):
     batch = evaluators.put_batch(plan, number, mesh)

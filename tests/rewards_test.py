@@ -58,10 +58,6 @@ def test_distinct_n_counts_different_word_grams(texts, n, share):
   assert rewards.distinct_n(texts, n) == pytest.approx(share)
 
 
-def test_mean_length_counts_words():
-  assert rewards.mean_length(['a b c', '', ' d ']) == pytest.approx(4 / 3)
-
-
 def test_the_openings_are_many_short_neutral_and_different():
   texts = openings.openings()
   assert {split: len(t) for split, t in texts.items()} == {

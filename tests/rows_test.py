@@ -1,9 +1,10 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import logps
 from dpo_jax import objectives
 from dpo_jax.data import examples
 from dpo_jax.data import rows
@@ -11,6 +12,8 @@ from dpo_jax.models import transformer
 from tests import worlds
 
 P1, P2, P3, C1, C2, R1, E = 11, 12, 13, 21, 22, 31, 99
+# What the model sees of a batch.
+INPUTS = ('tokens', 'positions', 'lo', 'hi', 'source', 'target')
 
 
 def group(prompt, *responses):
@@ -69,25 +72,42 @@ def test_three_responses_are_two_blocks():
   assert rows.slots_needed(three) == 6
 
 
-def separate_logps(config, params, groups):
-  """Log-probs of each response as a causal row of its own: [groups, K]."""
-  pairs = [(g.prompt, r) for g in groups for r in g.responses]
-  T = max(len(p) + len(r) for p, r in pairs)
-  tokens = np.zeros((len(pairs), T), np.int32)
-  scored = np.zeros((len(pairs), T - 1), bool)
-  for i, (prompt, response) in enumerate(pairs):
-    both = np.concatenate([prompt, response])
-    tokens[i, : len(both)] = both
-    scored[i, len(prompt) - 1 : len(both) - 1] = True
-  positions = np.tile(np.arange(T), (len(pairs), 1))
-  hidden = transformer.Transformer(config).apply(
-    {'params': params}, tokens, positions, 0 * positions, positions + 1
-  )
-  logits = hidden[:, :-1] @ transformer.unembedding(params).T
-  log_probs = jnp.take_along_axis(
-    jax.nn.log_softmax(logits), tokens[:, 1:, None], -1
-  )[..., 0]
-  return jnp.sum(log_probs * scored, 1).reshape(len(groups), -1)
+@functools.partial(jax.jit, static_argnums=0)
+def rows_values_and_grads(config, params, batch, weight_RS):
+  """Token log-probs of a batch, and gradients of their weighted sum."""
+  token_logps = objectives.make_token_logps(config, chunk=16)
+
+  def total(params):
+    values_RS = token_logps(params, batch)
+    return jnp.sum(weight_RS * values_RS), values_RS
+
+  grads, values_RS = jax.grad(total, has_aux=True)(params)
+  return values_RS, grads
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_values_and_grads(config, params, tokens_NT, weight_NT):
+  """The same of every token but the first of plain causal sequences."""
+
+  def total(params):
+    positions_NT = jnp.broadcast_to(
+      jnp.arange(tokens_NT.shape[1]), tokens_NT.shape
+    )
+    hidden_NTD = transformer.Transformer(config).apply(
+      {'params': params},
+      tokens_NT,
+      positions_NT,
+      0 * positions_NT,
+      positions_NT + 1,
+    )
+    logits_NTV = hidden_NTD[:, :-1] @ transformer.unembedding(params).T
+    values_NT = jnp.take_along_axis(
+      jax.nn.log_softmax(logits_NTV), tokens_NT[:, 1:, None], -1
+    )[..., 0]
+    return jnp.sum(weight_NT * values_NT), values_NT
+
+  grads, values_NT = jax.grad(total, has_aux=True)(params)
+  return values_NT, grads
 
 
 @pytest.mark.parametrize('family', worlds.FAMILIES)
@@ -95,47 +115,70 @@ def separate_logps(config, params, groups):
 def test_rows_equal_separate_sequences(family, K):
   config = worlds.FAMILIES[family]
   params = worlds.params_of(config)
-  groups = worlds.make_groups(5, responses=K)
-  T = 20 * K
+  # Up to 15 sequences of up to 16 tokens, and shapes that all K share.
+  groups = worlds.make_groups(15 // K, responses=K)
   members = rows.assign(
     [rows.slots_needed(g) for g in groups],
     [rows.scored_tokens(g) for g in groups],
-    row_length=T,
-    row_scored=40,
+    row_length=60,
+    row_scored=30,
+    rows=4,
   )
-  assert 1 < len(members) < 5  # several groups share a row
+  assert len(members) == 4 and max(map(len, members)) > 1
   G = max(map(len, members))
-  batch = layout(groups, members, T=T, S=40, G=G, K=K)
-  token_logps = objectives.make_token_logps(config, chunk=16)
-  weight = jax.random.normal(jax.random.key(5), (5, K))
+  batch = layout(groups, members, T=60, S=30, G=G, K=K)
 
-  def from_rows(params):
-    values = token_logps(params, batch)
-    sums = logps.sum_by_slot(values, batch['slot'], num_slots=G * K)
-    sums = sums.reshape(-1, K)
-    order = batch['group'].reshape(-1)
-    return (
-      jnp.zeros((5, K)).at[order].add(jnp.where(order[:, None] >= 0, sums, 0.0))
+  sequences = [
+    np.concatenate([g.prompt, response])
+    for g in groups
+    for response in g.responses
+  ]
+  tokens_NT = np.zeros((15, 16), np.int32)
+  for n, sequence in enumerate(sequences):
+    tokens_NT[n, : len(sequence)] = sequence
+  # Where in [N, T] each scored token of the rows is.
+  scored_RS = batch['slot'] >= 0
+  places = []
+  for r, s in np.argwhere(scored_RS):
+    slot = batch['slot'][r, s]
+    number = batch['group'][r, slot // K]
+    before = np.sum(batch['slot'][r, :s] == slot)
+    places.append(
+      (number * K + slot % K, len(groups[number].prompt) - 1 + before)
     )
+  assert len(set(places)) == sum(len(r) for g in groups for r in g.responses)
+  places = tuple(np.transpose(places))
 
-  def from_sequences(params):
-    return separate_logps(config, params, groups)
-
+  weight_RS = np.zeros(scored_RS.shape, np.float32)
+  weight_RS[scored_RS] = np.random.default_rng(5).normal(size=len(places[0]))
+  weight_NT = np.zeros((15, 15), np.float32)
+  weight_NT[places] = weight_RS[scored_RS]
+  values_RS, grads = rows_values_and_grads(
+    config,
+    params,
+    {name: batch[name] for name in INPUTS},
+    weight_RS,
+  )
+  values_NT, plain_grads = plain_values_and_grads(
+    config, params, tokens_NT, weight_NT
+  )
   np.testing.assert_allclose(
-    jax.jit(from_rows)(params),
-    jax.jit(from_sequences)(params),
-    rtol=1e-5,
+    np.asarray(values_RS)[scored_RS],
+    np.asarray(values_NT)[places],
+    rtol=0,
     atol=1e-5,
   )
-  grads = [
-    jax.jit(jax.grad(lambda p, f=f: jnp.sum(weight * f(p))))(params)
-    for f in (from_rows, from_sequences)
-  ]
-  largest = max(np.abs(x).max() for x in jax.tree.leaves(grads[1]))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
-    *grads,
-  )
+  # The absolute 1e-7 is for k_bias of GPT-2, whose gradient is rounding only.
+  for (path, grad), plain in zip(
+    jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(plain_grads)
+  ):
+    np.testing.assert_allclose(
+      grad,
+      plain,
+      rtol=0,
+      atol=1e-7 + 1e-5 * np.abs(plain).max(),
+      err_msg=jax.tree_util.keystr(path),
+    )
 
 
 def test_assignment_respects_both_capacities():

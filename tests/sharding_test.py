@@ -46,7 +46,7 @@ def losses_of_a_run(devices, mesh_shape):
   step = jax.jit(
     train.make_step(sums, tx, schedule, batch_size=16), donate_argnums=0
   )
-  state = train.init_state(params, tx, mesh)
+  state = train.init_state(params, tx)
   plan = batches.training_plan(
     worlds.make_groups(40),
     seed=0,

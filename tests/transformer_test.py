@@ -21,6 +21,14 @@ def hidden_states(config, params):
   )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_grads(config, params):
+  def loss(params):
+    return jnp.sum(jnp.sin(hidden_states(config, params)))
+
+  return jax.value_and_grad(loss)(params)
+
+
 @pytest.mark.parametrize('family', worlds.FAMILIES)
 @pytest.mark.parametrize(
   'change',
@@ -30,13 +38,9 @@ def hidden_states(config, params):
 def test_remat_and_unrolling_change_nothing(family, change):
   config = worlds.FAMILIES[family]
   params = worlds.params_of(config)
-
-  def loss(params, config):
-    return jnp.sum(jnp.sin(hidden_states(config, params)))
-
-  step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-  value, grads = step(params, config)
-  other, other_grads = step(params, dataclasses.replace(config, **change))
+  value, grads = loss_and_grads(config, params)
+  changed = dataclasses.replace(config, **change)
+  other, other_grads = loss_and_grads(changed, params)
   np.testing.assert_allclose(other, value, rtol=1e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),

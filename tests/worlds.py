@@ -44,8 +44,8 @@ GPT2 = dataclasses.replace(
 FAMILIES = {'llama': LLAMA, 'gpt2': GPT2}
 
 
-def params_of(config, seed=0):
-  """Random parameters: weights of size 0.1, and no bias or scale is neutral."""
+def params_of(config, seed=0, *, size=0.1):
+  """Random weights of that size; no bias and no scale is neutral."""
   shapes = nn.unbox(
     jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   )
@@ -53,7 +53,7 @@ def params_of(config, seed=0):
 
   def draw(path, leaf):
     center = 1.0 if jax.tree_util.keystr(path).endswith("['scale']") else 0.0
-    return jnp.array(rng.normal(center, 0.1, leaf.shape), jnp.float32)
+    return jnp.array(rng.normal(center, size, leaf.shape), jnp.float32)
 
   return jax.tree_util.tree_map_with_path(draw, shapes)
 

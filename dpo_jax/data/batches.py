@@ -70,6 +70,10 @@ class Plan:
     members = self.members[step]
     count = self.rows_of(step)
     members = members + [[]] * (count - len(members))
+    if count % processes:
+      raise ValueError(
+        f'{count} rows cannot be shared by {processes} processes'
+      )
     share = count // processes
     return rows.fill(
       self.groups,

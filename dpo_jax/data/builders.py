@@ -105,7 +105,7 @@ class Jsonl(_Builder):
   """Plain JSON Lines of the user."""
 
 
-_BUILDERS = {'hh': Hh, 'tldr': Tldr, 'imdb': Imdb, 'jsonl': Jsonl}
+BUILDERS = {'hh': Hh, 'tldr': Tldr, 'imdb': Imdb, 'jsonl': Jsonl}
 
 
 class Examples(collections.abc.Sequence):
@@ -140,11 +140,10 @@ def _to_python(value):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Splits of examples, their account, and a digest of their content."""
+  """Splits of examples, and their account."""
 
   splits: dict[str, Examples]
   report: reports.Report
-  digest: str
 
 
 def load(
@@ -157,7 +156,7 @@ def load(
   subsets: tuple[str, ...] | None = None,
   prompt_words: int | None = None,
 ) -> Dataset:
-  """Open a task's data set, building it first where it is not in the cache.
+  """Opens a task's data set, building it first where it is not in the cache.
 
   task: 'hh', 'tldr', 'imdb' or 'jsonl'. source: 'official', a folder or a file.
   form: 'pairs', 'sft' or, for IMDb, 'reviews'. held_out: the fraction of
@@ -177,13 +176,12 @@ def load(
       task, source=source, cache_dir=cache, subsets=subsets
     )
     request = _Request(files, form, held_out, prompt_words)
-    digest = _digest(task, request)
-    name = f'{form}-{digest[:16]}'
+    name = f'{form}-{_digest(task, request)[:16]}'
     # What a killed process left; none is at work while we hold the lock.
     for remains in (cache / task / name).glob('incomplete.*'):
       shutil.rmtree(remains)
     with _quiet():
-      builder = _BUILDERS[task](
+      builder = BUILDERS[task](
         request,
         data_dir=str(cache),
         config=tfds.core.BuilderConfig(name=name),
@@ -194,11 +192,11 @@ def load(
         for split in builder.info.splits
       }
   report = reports.Report.from_dict(dict(builder.info.metadata))
-  return Dataset(splits, report, digest)
+  return Dataset(splits, report)
 
 
 def _digest(task: str, request: _Request) -> str:
-  """Hash all that decides a data set's content, the code that makes it too."""
+  """Hashes all that decides a data set's content, its code included."""
   own = inspect.getmodule(_Builder)
   code = [
     inspect.getsource(module)
@@ -217,7 +215,7 @@ def _digest(task: str, request: _Request) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-  """Keep TFDS from printing; the report says what there is to say."""
+  """Keeps TFDS from printing; the report says what there is to say."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   tfds.disable_progress_bar()

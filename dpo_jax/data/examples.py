@@ -61,7 +61,7 @@ class TokenReport:
 
 
 def check_vocabulary(tokenizer, model_vocab_size: int) -> None:
-  """Raise if the tokenizer has tokens that the model has no row for."""
+  """Raises if the tokenizer has tokens that the model has no row for."""
   if tokenizer.vocab_size > model_vocab_size:
     raise ValueError(
       f'the tokenizer has {tokenizer.vocab_size:,} tokens, the model only '
@@ -78,7 +78,7 @@ def tokenize(
   max_response_tokens: int,
   form: str,
 ) -> tuple[list[Group], TokenReport]:
-  """Turn examples of the form 'pairs' or 'sft' into groups, and report."""
+  """Turns examples of the form 'pairs' or 'sft' into groups, and reports."""
   for name, limit in (
     ('max_prompt_tokens', max_prompt_tokens),
     ('max_response_tokens', max_response_tokens),
@@ -99,7 +99,7 @@ def tokenize(
     ]
     for example, prompt, *responses in zip(chunk, *encoded, strict=True):
       reason = _unusable(prompt, responses, tokenizer)
-      prompt, cut = _fit_prompt(prompt, tokenizer, max_prompt_tokens)
+      prompt, cut = fit_prompt(prompt, tokenizer, max_prompt_tokens)
       fitted = [
         _fit_response(tokens, example[ended], tokenizer, max_response_tokens)
         for tokens, (_, ended) in zip(responses, _RESPONSES[form])
@@ -140,7 +140,10 @@ def _unusable(prompt, responses, tokenizer) -> str | None:
   return None
 
 
-def _fit_prompt(tokens, tokenizer, limit) -> tuple[list[int], bool]:
+def fit_prompt(
+  tokens: list[int], tokenizer, limit: int
+) -> tuple[list[int], bool]:
+  """Puts BOS, if wanted, before the tail that fits: (tokens, was it cut)."""
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   room = limit - len(bos)
   # Not tokens[-room:], which would keep everything where there is no room.

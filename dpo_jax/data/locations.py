@@ -10,13 +10,13 @@ folder. A folder may have the official layout or our plain one:
 """
 
 import dataclasses
-import difflib
 import hashlib
 import pathlib
+from collections.abc import Callable
 
 from dpo_jax import fetch
+from dpo_jax import names
 
-TASKS = ('hh', 'tldr', 'imdb', 'jsonl')
 SPLITS = ('train', 'test')
 HH_SUBSETS = (
   'harmless-base',
@@ -36,6 +36,7 @@ _TLDR_URL = (
   '/datasets/comparisons'
 )
 _IMDB_URL = 'https://ai.stanford.edu/~amaas/data/sentiment'
+_GZIP = b'\x1f\x8b'
 _SUFFIXES = ('.jsonl.gz', '.jsonl', '.json.gz', '.json')
 
 
@@ -57,23 +58,15 @@ class RawFile:
 
 
 def stem(name: str) -> str:
-  """Cut the suffix of a data file off; any other file gives ''."""
+  """Cuts the suffix of a data file off; any other file gives ''."""
   for suffix in _SUFFIXES:
     if name.endswith(suffix):
       return name[: -len(suffix)]
   return ''
 
 
-def check_name(what: str, name: str, names) -> None:
-  """Raise unless `name` is one of `names`, and offer the nearest."""
-  if name not in names:
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f', did you mean {near[0]!r}?' if near else ''
-    raise SourceError(f'unknown {what} {name!r}{hint} (of {", ".join(names)})')
-
-
 def digest(files: list[RawFile]) -> str:
-  """Hash names and bytes of the files."""
+  """Hashes names and bytes of the files."""
   total = hashlib.sha256()
   for file in files:
     with open(file.path, 'rb') as stream:
@@ -89,65 +82,73 @@ def locate(
   cache_dir: str | pathlib.Path,
   subsets: tuple[str, ...] | None,
 ) -> list[RawFile]:
-  """Find the files of a task; source 'official' downloads them first.
+  """Finds the files of a task; source 'official' downloads them first.
 
   `subsets` names HH's subsets or, for tldr and jsonl, files without suffix;
   None takes all there are.
   """
-  check_name('task', task, TASKS)
-  if task == 'imdb' and subsets:
-    raise SourceError('imdb has no subsets; leave subsets out')
-  if task == 'hh':
-    subsets = tuple(subsets or HH_SUBSETS)
-    for subset in subsets:
-      check_name('HH subset', subset, HH_SUBSETS)
+  place = names.look_up(PLACES, 'task', task)
   if source == 'official':
     folder = pathlib.Path(cache_dir) / 'downloads' / task
     for name, url in official_urls(task, subsets=subsets).items():
       # What is there is whole, and is not fetched again.
-      fetch.download(url, folder / name)
+      begins = _GZIP if name.endswith('.gz') else b'{'
+      fetch.download(url, folder / name, begins=begins)
   else:
     folder = pathlib.Path(source).expanduser()
   if not folder.exists():
     raise SourceError(
       f'no file or folder {folder}: give {task} a source that exists'
-      + ('' if task == 'jsonl' else ", or 'official' to download it")
+      + (", or 'official' to download it" if place.urls else '')
     )
-  if task == 'hh':
-    return _locate_hh(folder, subsets)
-  if task == 'imdb':
-    return _locate_imdb(folder)
-  return _locate_any(task, folder, subsets)
+  return place.find(folder, subsets)
 
 
 def official_urls(
   task: str, *, subsets: tuple[str, ...] | None
 ) -> dict[str, str]:
-  """Return file name -> address of a task's official files."""
-  if task == 'jsonl':
-    raise SourceError('jsonl has no official files; give a file or a folder')
-  if task == 'hh':
-    names = [f'{s}/{split}.jsonl.gz' for s in subsets for split in SPLITS]
-    return {name: f'{_HH_URL}/{name}' for name in names}
-  if task == 'tldr':
-    for subset in subsets or ():
-      check_name('TL;DR batch', subset, TLDR_BATCHES)
-    names = [f'{batch}.json' for batch in subsets or TLDR_BATCHES]
-    return {name: f'{_TLDR_URL}/{name}' for name in names}
-  return {IMDB_ARCHIVE: f'{_IMDB_URL}/{IMDB_ARCHIVE}'}
+  """Returns file name -> address of a task's official files."""
+  place = names.look_up(PLACES, 'task', task)
+  if place.urls is None:
+    raise SourceError(f'{task} has no official files; give a file or a folder')
+  return place.urls(subsets)
 
 
-def _first(folder, names: list[str], split: str) -> RawFile | None:
-  for name in names:
+def _check_subsets(kind: str, subsets, known) -> None:
+  for subset in subsets or ():
+    names.look_up(dict.fromkeys(known), kind, subset)
+
+
+def _no_subsets(what, subsets) -> None:
+  if subsets:
+    raise SourceError(f'{what} has no subsets; leave subsets out')
+
+
+def _first(folder, candidates: list[str], split: str) -> RawFile | None:
+  for name in candidates:
     if (folder / name).is_file():
       return RawFile(folder / name, name, split)
   return None
 
 
-def _locate_hh(folder, subsets) -> list[RawFile]:
+# --- Anthropic HH ---
+
+
+def _hh_urls(subsets) -> dict[str, str]:
+  _check_subsets('HH subset', subsets, HH_SUBSETS)
+  paths = [
+    f'{subset}/{split}.jsonl.gz'
+    for subset in subsets or HH_SUBSETS
+    for split in SPLITS
+  ]
+  return {path: f'{_HH_URL}/{path}' for path in paths}
+
+
+def _find_hh(folder, subsets) -> list[RawFile]:
+  _check_subsets('HH subset', subsets, HH_SUBSETS)
   found = {}
-  for subset in subsets:
-    names = {
+  for subset in subsets or HH_SUBSETS:
+    candidates = {
       split: [
         f'{subset}{joint}{split}{suffix}'
         for joint in '/.'
@@ -155,13 +156,13 @@ def _locate_hh(folder, subsets) -> list[RawFile]:
       ]
       for split in SPLITS
     }
-    files = [_first(folder, names[split], split) for split in SPLITS]
+    files = [_first(folder, candidates[split], split) for split in SPLITS]
     found[subset] = [file for file in files if file]
     if not found[subset]:
       raise SourceError(
         f'nothing of HH subset {subset!r} in {folder}: looked for '
-        f'{", ".join(names["test"])} and the same for train; add a file, or '
-        f'choose other subsets'
+        f'{", ".join(candidates["test"])} and the same for train; add a file, '
+        f'or choose other subsets'
       )
   # Else a run would train on some subsets and be judged on others.
   kinds = {s: '+'.join(f.split for f in files) for s, files in found.items()}
@@ -173,7 +174,16 @@ def _locate_hh(folder, subsets) -> list[RawFile]:
   return [file for files in found.values() for file in files]
 
 
-def _locate_imdb(folder) -> list[RawFile]:
+# --- IMDb ---
+
+
+def _imdb_urls(subsets) -> dict[str, str]:
+  _no_subsets('imdb', subsets)
+  return {IMDB_ARCHIVE: f'{_IMDB_URL}/{IMDB_ARCHIVE}'}
+
+
+def _find_imdb(folder, subsets) -> list[RawFile]:
+  _no_subsets('imdb', subsets)
   if folder.is_file():
     return [RawFile(folder, folder.name, None)]
   if (folder / IMDB_ARCHIVE).is_file():
@@ -190,27 +200,27 @@ def _locate_imdb(folder) -> list[RawFile]:
   return files
 
 
-def _locate_any(task, folder, subsets) -> list[RawFile]:
-  if folder.is_file():
-    if subsets:
-      raise SourceError(f'{folder} is one file; leave subsets out')
-    return [RawFile(folder, folder.name, None)]
-  found = {}
-  for path in sorted(folder.iterdir()):
-    name = stem(path.name)
-    if name in found:
-      raise SourceError(
-        f'{folder} holds both {found[name].name} and {path.name}: remove one'
-      )
-    if name and path.is_file():
-      found[name] = path
-  if not found:
-    raise SourceError(f'no file *{", *".join(_SUFFIXES)} in {folder}')
-  for subset in subsets or ():
-    check_name(f'file in {folder}', subset, found)
-  chosen = {name: found[name] for name in subsets or found}
-  if task == 'tldr':
-    return [RawFile(path, path.name, None) for path in chosen.values()]
+# --- TL;DR comparisons ---
+
+
+def _tldr_urls(subsets) -> dict[str, str]:
+  _check_subsets('TL;DR batch', subsets, TLDR_BATCHES)
+  return {
+    f'{batch}.json': f'{_TLDR_URL}/{batch}.json'
+    for batch in subsets or TLDR_BATCHES
+  }
+
+
+def _find_tldr(folder, subsets) -> list[RawFile]:
+  chosen = _choose(folder, subsets)
+  return [RawFile(path, path.name, None) for path in chosen.values()]
+
+
+# --- JSON Lines ---
+
+
+def _find_jsonl(folder, subsets) -> list[RawFile]:
+  chosen = _choose(folder, subsets)
   named = [name for name in chosen if name in SPLITS]
   others = [name for name in chosen if name not in SPLITS]
   if named and others:
@@ -222,3 +232,43 @@ def _locate_any(task, folder, subsets) -> list[RawFile]:
     RawFile(path, path.name, name if name in SPLITS else None)
     for name, path in chosen.items()
   ]
+
+
+def _choose(folder, subsets) -> dict[str, pathlib.Path]:
+  """Returns stem -> path of the chosen data files of a folder, or the file."""
+  if folder.is_file():
+    _no_subsets(f'the file {folder}', subsets)
+    return {stem(folder.name): folder}
+  found = {}
+  for path in sorted(folder.iterdir()):
+    name = stem(path.name)
+    if name in found:
+      raise SourceError(
+        f'{folder} holds both {found[name].name} and {path.name}: remove one'
+      )
+    if name and path.is_file():
+      found[name] = path
+  if not found:
+    raise SourceError(f'no file *{", *".join(_SUFFIXES)} in {folder}')
+  _check_subsets(f'file in {folder}', subsets, found)
+  return {name: found[name] for name in subsets or found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where the files of a task are.
+
+  find: (a folder or file, subsets or None) -> the raw files.
+  urls: (subsets or None) -> official file name: address; None: there are none.
+  """
+
+  find: Callable[..., list[RawFile]]
+  urls: Callable[..., dict[str, str]] | None
+
+
+PLACES = {
+  'hh': Place(_find_hh, _hh_urls),
+  'tldr': Place(_find_tldr, _tldr_urls),
+  'imdb': Place(_find_imdb, _imdb_urls),
+  'jsonl': Place(_find_jsonl, None),
+}

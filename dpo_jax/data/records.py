@@ -3,7 +3,7 @@
 Every preference task comes out in one schema (`FIELDS`): prompt, chosen and
 rejected text, a weight, `p` (the probability that chosen is really preferred)
 and whether each text really ended. The form 'sft' has prompt and response;
-IMDb's own form is 'reviews'.
+IMDb's own form is 'reviews'. `TASKS` says what each task's rows can become.
 
     HH file    "chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Yes", "rejected": ...
     example    prompt "\\n\\nHuman: Hi\\n\\nAssistant:", chosen " Yes"
@@ -16,6 +16,7 @@ import math
 import re
 import tarfile
 import zlib
+from collections.abc import Callable
 from collections.abc import Iterator
 
 from dpo_jax.data import locations
@@ -62,7 +63,7 @@ class Record:
 def read_lines(
   file: locations.RawFile, bad: list[str]
 ) -> Iterator[tuple[int, dict]]:
-  """Yield (line number, object); what is no JSON object goes to `bad`."""
+  """Yields (line number, object); what is no JSON object goes to `bad`."""
   opener = gzip.open if file.name.endswith('.gz') else open
   number = 0
   try:
@@ -73,20 +74,22 @@ def read_lines(
         try:
           row = json.loads(line)
         except ValueError as error:
-          bad.append(f'{file.name}:{number}: malformed JSON ({error})')
+          bad.append(f'{file.path}:{number}: malformed JSON ({error})')
           continue
         if isinstance(row, dict):
           yield number, row
         else:
-          bad.append(f'{file.name}:{number}: no JSON object: {row!s:.40}')
+          bad.append(f'{file.path}:{number}: no JSON object: {row!s:.40}')
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    bad.append(f'{file.name}:{number + 1}: broken gzip file ({error})')
+    bad.append(
+      f'{file.path}:{number + 1}: broken gzip file ({error}); fetch it again'
+    )
 
 
 def read_archive(
   file: locations.RawFile, bad: list[str]
 ) -> Iterator[tuple[int, dict]]:
-  """Yield IMDb's labelled reviews from the archive, without unpacking it."""
+  """Yields IMDb's labelled reviews from the archive, without unpacking it."""
   pattern = re.compile(r'(?:\./)?aclImdb/(train|test)/(neg|pos)/(\d+)_\d+\.txt')
   rows = []
   try:
@@ -98,7 +101,9 @@ def read_archive(
           text = archive.extractfile(member).read().decode()
           rows.append((split, side, int(number), text))
   except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as error:
-    bad.append(f'{file.name}:{len(rows) + 1}: broken archive ({error})')
+    bad.append(
+      f'{file.path}:{len(rows) + 1}: broken archive ({error}); fetch it again'
+    )
   # The order of an archive is an accident; the numbers are not.
   for line, (split, side, number, text) in enumerate(sorted(rows), 1):
     yield (
@@ -157,7 +162,7 @@ def _choice(row: dict, name: str, choices: tuple) -> int | str:
 
 
 def _example(row: dict, form: str) -> dict:
-  """Check a row with prompt and responses and bring it into the schema."""
+  """Checks a row with prompt and responses and brings it into the schema."""
   if form == 'sft' and 'response' in row:
     return {
       'prompt': _text(row, 'prompt'),
@@ -190,7 +195,7 @@ def _example(row: dict, form: str) -> dict:
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
-  """Cut two dialogues after the last assistant marker that both share."""
+  """Cuts two dialogues after the last assistant marker that both share."""
   cut = chosen.rfind(HH_MARKER)
   while cut >= 0 and not rejected.startswith(chosen[: cut + len(HH_MARKER)]):
     cut = chosen.rfind(HH_MARKER, 0, cut)
@@ -203,7 +208,7 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
 def parse_hh(
   row: dict, file: locations.RawFile, line: int, form: str
 ) -> Record:
-  """Read two full dialogues, or prompt and two responses."""
+  """Reads two full dialogues, or prompt and two responses."""
   if 'prompt' not in row:
     texts = split_dialogues(_text(row, 'chosen'), _text(row, 'rejected'))
     row = dict(zip(('prompt', 'chosen', 'rejected'), texts))
@@ -218,7 +223,7 @@ def parse_hh(
 def parse_tldr(
   row: dict, file: locations.RawFile, line: int, form: str
 ) -> Record:
-  """Read a row of OpenAI's comparison files, or prompt and two responses."""
+  """Reads a row of OpenAI's comparison files, or prompt and two responses."""
   split = None
   if row.get('split') is not None:
     split = _choice(row, 'split', ('train', 'valid1', 'valid2'))
@@ -260,7 +265,7 @@ def _plain_tldr(row: dict) -> dict:
 def parse_imdb(
   row: dict, file: locations.RawFile, line: int, form: str
 ) -> Record:
-  """Read a labelled review; the SFT form is cut from it later."""
+  """Reads a labelled review; the SFT form is cut from it later."""
   del line, form
   example = {
     'id': _text(row, 'id'),
@@ -273,7 +278,7 @@ def parse_imdb(
 def parse_jsonl(
   row: dict, file: locations.RawFile, line: int, form: str
 ) -> Record:
-  """Read a row that is in the schema already, but for what it may leave out."""
+  """Reads a row that is in the schema already, but for what it leaves out."""
   name = row.get('id', f'{file.stem}/{line - 1}')
   if isinstance(name, bool) or not isinstance(name, (str, int)):
     raise BadRow(f"field 'id' must be text or an integer, not {name!r:.40}")
@@ -282,7 +287,7 @@ def parse_jsonl(
 
 
 def review_to_sft(review: dict, *, prompt_words: int) -> dict:
-  """Cut a review after its first words; prompt + response is the review."""
+  """Cuts a review after its first words; prompt + response is the review."""
   pattern = rf'\s*(?:\S+\s+){{{prompt_words - 1}}}\S+'
   match = re.match(pattern, review['text'])
   cut = match.end() if match else len(review['text'])
@@ -295,9 +300,23 @@ def review_to_sft(review: dict, *, prompt_words: int) -> dict:
   }
 
 
-PARSERS = {
-  'hh': parse_hh,
-  'tldr': parse_tldr,
-  'imdb': parse_imdb,
-  'jsonl': parse_jsonl,
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What the rows of a task can become.
+
+  parse: (row, file, line number, form) -> Record, or raises BadRow.
+  forms: what its examples may be, of `FIELDS`.
+  unit: what a split keeps together, in words: rows that share a key.
+  """
+
+  parse: Callable[[dict, locations.RawFile, int, str], Record]
+  forms: tuple[str, ...]
+  unit: str
+
+
+TASKS = {
+  'hh': Task(parse_hh, ('pairs', 'sft'), 'opening turn'),
+  'tldr': Task(parse_tldr, ('pairs', 'sft'), 'post'),
+  'imdb': Task(parse_imdb, ('reviews', 'sft'), 'text'),
+  'jsonl': Task(parse_jsonl, ('pairs', 'sft'), 'prompt'),
 }

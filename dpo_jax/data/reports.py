@@ -8,7 +8,7 @@ import dataclasses
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
-  """Lay out rows of cells as a text table: names left, numbers right."""
+  """Lays out rows of cells as a text table: names left, numbers right."""
   widths = [max(len(cell) for cell in column) for column in zip(*rows)]
   lines = []
   for name, *cells in rows:

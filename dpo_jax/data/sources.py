@@ -10,32 +10,18 @@ counted, and IMDb's reviews that are also in test leave train.
 import collections
 import hashlib
 
+from dpo_jax import names
 from dpo_jax.data import locations
 from dpo_jax.data import records
 from dpo_jax.data import reports
-
-FORMS = {
-  'hh': ('pairs', 'sft'),
-  'tldr': ('pairs', 'sft'),
-  'imdb': ('reviews', 'sft'),
-  'jsonl': ('pairs', 'sft'),
-}
-# What a split keeps together.
-_UNIT = {
-  'hh': 'opening turn',
-  'tldr': 'post',
-  'imdb': 'text',
-  'jsonl': 'prompt',
-}
-_SHOWN = 20
 
 
 def check_arguments(
   task: str, *, form: str, held_out: float, prompt_words: int | None
 ) -> None:
-  """Raise if the task has no such form, or an argument makes no sense."""
-  locations.check_name('task', task, FORMS)
-  locations.check_name(f'form of {task}', form, FORMS[task])
+  """Raises if the task has no such form, or an argument makes no sense."""
+  forms = names.look_up(records.TASKS, 'task', task).forms
+  names.look_up(dict.fromkeys(forms), f'form of {task}', form)
   if not 0.0 <= held_out < 1.0:
     raise locations.SourceError(f'held_out {held_out} must lie in [0, 1)')
   if task == 'imdb' and form == 'sft':
@@ -55,7 +41,7 @@ def read(
   held_out: float,
   prompt_words: int | None,
 ) -> tuple[dict[str, list[dict]], reports.Report]:
-  """Read, check, split and filter the files: examples per split, and a report.
+  """Reads, checks, splits and filters files: (examples per split, report).
 
   The files' own split is used where every row has one and both sides are
   there; else a hash holds out about the fraction `held_out` of the prompts.
@@ -95,8 +81,8 @@ def read(
 
 
 def _read_rows(task, files, form):
-  """Parse all rows, or raise one error that lists what is bad."""
-  parse = records.PARSERS[task]
+  """Parses all rows, or raises one error that lists all that is bad."""
+  parse = records.TASKS[task].parse
   expected = {*records.FIELDS['pairs'], *records.FIELDS['sft']}
   rows, rows_per_file, bad = [], {}, []
   unused = collections.Counter()
@@ -108,15 +94,14 @@ def _read_rows(task, files, form):
       try:
         rows.append(parse(row, file, line, form))
       except records.BadRow as error:
-        bad.append(f'{file.name}:{line}: {error}')
+        bad.append(f'{file.path}:{line}: {error}')
       if task == 'jsonl':
         unused.update(row.keys() - expected)
     rows_per_file[file.name] = len(rows) + len(bad) - before
     if not rows_per_file[file.name]:
-      bad.append(f'{file.name}: the file is empty, it holds no row')
+      bad.append(f'{file.path}: the file is empty, it holds no row')
   if bad:
-    more = [f'... and {len(bad) - _SHOWN:,} more'] if len(bad) > _SHOWN else []
-    listing = '\n  '.join([*bad[:_SHOWN], *more])
+    listing = '\n  '.join(bad)
     raise locations.SourceError(
       f'{len(bad):,} bad rows, nothing was written; mend or remove them:\n'
       f'  {listing}'
@@ -125,7 +110,7 @@ def _read_rows(task, files, form):
 
 
 def _group(keys: list[tuple[str, ...]]) -> list[str]:
-  """Name each row's group: rows are joined by any key they have in common.
+  """Names each row's group: rows are joined by any key they have in common.
 
   A group is named by its smallest key, so that the name does not depend on the
   order of the rows.
@@ -146,12 +131,12 @@ def _group(keys: list[tuple[str, ...]]) -> list[str]:
 
 
 def _hash(group: str) -> float:
-  """Map a group to [0, 1), the same everywhere and forever."""
+  """Maps a group to [0, 1), the same everywhere and forever."""
   return int.from_bytes(hashlib.sha256(group.encode()).digest()[:7]) / 2**56
 
 
 def _sides(task, rows, groups, held_out) -> tuple[list[str], str]:
-  """Decide each row's split, and say how."""
+  """Decides each row's split, and says how."""
   labels = collections.Counter(row.split or 'unlabelled' for row in rows)
   if set(labels) == set(locations.SPLITS):
     return [row.split for row in rows], 'as the files say'
@@ -160,7 +145,7 @@ def _sides(task, rows, groups, held_out) -> tuple[list[str], str]:
     rule = f'all rows are train, held_out is 0 (the files have {said})'
     return ['train'] * len(rows), rule
   order = sorted(set(groups), key=_hash)
-  unit = _UNIT[task]
+  unit = records.TASKS[task].unit
   if len(order) < 2:
     raise locations.SourceError(
       f'one {unit} cannot be split; set held_out to 0'
@@ -189,13 +174,13 @@ def _drop_reason(example: dict, form: str) -> str | None:
 
 
 def _filter(task, rows, *, split, form, prompt_words):
-  """Drop what cannot be learned from and count it.
+  """Drops what cannot be learned from and counts it.
 
   `rows` holds (example, whether the other split has its group too).
   """
   kept, seen = [], set()
   dropped, noticed = collections.Counter(), collections.Counter()
-  unit = _UNIT[task]
+  unit = records.TASKS[task].unit
   for example, shared in rows:
     if task == 'imdb' and split == 'train' and shared:
       dropped['text also in test'] += 1

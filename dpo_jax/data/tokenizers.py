@@ -14,12 +14,10 @@ Every tokenizer has the same attributes:
   eos_id              ends a response
   bos_id              starts a prompt, or None: the model wants none
   vocab_size          one past the largest id
-  digest              changes whenever `encode` could
 
 Who adds BOS and EOS, and where, is decided in `examples`, never here.
 """
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -35,7 +33,6 @@ class ByteTokenizer:
   eos_id = 256
   bos_id = None
   vocab_size = 257
-  digest = 'bytes-1'
 
   def encode(self, text: str) -> list[int]:
     return list(text.encode('utf-8'))
@@ -71,8 +68,6 @@ class SubwordTokenizer:
           f'The {name} id {i} is outside the vocabulary of '
           f'{self.vocab_size}; correct the tokenizer files.'
         )
-    content = json.dumps([backend.to_str(), eos_id, bos_id])
-    self.digest = hashlib.sha256(content.encode('utf-8')).hexdigest()
 
   def encode(self, text: str) -> list[int]:
     return self._backend.encode(text, add_special_tokens=False).ids
@@ -89,7 +84,7 @@ class SubwordTokenizer:
 
 
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-  """Refuse ids the vocabulary lacks, which the library drops silently."""
+  """Refuses ids the vocabulary lacks, which the library drops silently."""
   ids = [int(i) for i in ids]
   wrong = [i for i in ids if not 0 <= i < vocab_size]
   if wrong:
@@ -123,7 +118,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 def _bpe(vocab, merges, pre_tokenizer, added):
-  """Build a byte-level BPE; `added` tokens are in `vocab` already."""
+  """Builds a byte-level BPE; `added` tokens are in `vocab` already."""
   try:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
   except Exception as error:  # The library raises nothing narrower.
@@ -138,7 +133,7 @@ def _bpe(vocab, merges, pre_tokenizer, added):
 
 
 def from_gguf(metadata: Mapping) -> SubwordTokenizer:
-  """Build the tokenizer that GGUF metadata (name -> value) describes."""
+  """Builds the tokenizer that GGUF metadata (name -> value) describes."""
 
   def required(name):
     if name not in metadata:
@@ -196,7 +191,7 @@ def from_gguf(metadata: Mapping) -> SubwordTokenizer:
 def from_gpt2_files(
   vocab, merges, *, eos: str = '<|endoftext|>'
 ) -> SubwordTokenizer:
-  """Build GPT-2's tokenizer from vocab.json and merges.txt."""
+  """Builds GPT-2's tokenizer from vocab.json and merges.txt."""
   table = json.loads(pathlib.Path(vocab).read_text(encoding='utf-8'))
   if eos not in table:
     raise ValueError(
@@ -220,7 +215,7 @@ def from_gpt2_files(
 
 
 def from_tokenizer_json(path) -> SubwordTokenizer:
-  """Load a Hugging Face tokenizer.json.
+  """Loads a Hugging Face tokenizer.json.
 
   EOS and BOS come from tokenizer_config.json beside it, or else from
   config.json. The model wants BOS if `add_bos_token` says so, or, where that
@@ -280,7 +275,7 @@ def _backend(path, content: dict) -> tokenizers.Tokenizer:
 
 
 def from_folder(folder) -> SubwordTokenizer | None:
-  """Load what a Hugging Face folder has, or None if it has no tokenizer."""
+  """Loads what a Hugging Face folder has, or None if it has no tokenizer."""
   folder = pathlib.Path(folder)
   if (folder / 'tokenizer.json').exists():
     return from_tokenizer_json(folder / 'tokenizer.json')
@@ -304,7 +299,7 @@ def from_folder(folder) -> SubwordTokenizer | None:
 
 
 def _json(path: pathlib.Path) -> dict:
-  """Read a JSON object; a file that is not there is an empty one."""
+  """Reads a JSON object; a file that is not there is an empty one."""
   if not path.exists():
     return {}
   try:

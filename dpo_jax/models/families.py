@@ -1,14 +1,10 @@
 """Model families as data: what foreign checkpoints call our parameters.
 
-A `Family` holds two schemas, which translate the attributes of a Hugging Face
-config.json and of GGUF metadata into a `TransformerConfig`, and ONE key table,
-which says for every parameter what it is called elsewhere and how its
-dimensions are laid out there. The table is read in both directions, so `to_hf`
-is `from_hf` reversed and the round trip is bit-exact.
-
-A schema refuses every attribute that it neither translates nor knows to be
-harmless: a config that asks for something our decoder does not do is an error
-and never a silently different model.
+A `Family` holds two schemas (see `schemas`), which translate the attributes of
+a Hugging Face config.json and of GGUF metadata into a `TransformerConfig`, and
+ONE key table, which says for every parameter what it is called elsewhere and
+how its dimensions are laid out there. The table is read in both directions, so
+`to_hf` is `from_hf` reversed and the round trip is bit-exact.
 
 A layout such as '(NH)D->DNH' is explained in `layouts`. Its letters are those
 of the project: V vocab, D model, N query heads, K kv heads, H head dim, F mlp;
@@ -16,33 +12,15 @@ and P positions, I = 2 halves of J = H / 2 rotary frequencies in a head.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from collections.abc import Mapping
 
 import numpy as np
 
+from dpo_jax import names
 from dpo_jax.models import layouts
+from dpo_jax.models import schemas
 from dpo_jax.models import transformer
-
-
-@dataclasses.dataclass(frozen=True)
-class Schema:
-  """How one kind of config is read.
-
-  Attributes of nested dicts are addressed with dots, as in
-  'rope_parameters.rope_theta'.
-
-  fields: attribute -> TransformerConfig field, or several with one value.
-  only: attribute -> the values under which our decoder is the same model.
-  harmless: attributes that do not change what the model computes.
-  absent: fields no attribute has to give, and the family's value for them.
-  """
-
-  fields: Mapping[str, str]
-  only: Mapping[str, tuple]
-  harmless: frozenset[str]
-  absent: Mapping[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,54 +38,18 @@ class Key:
 @dataclasses.dataclass(frozen=True)
 class Family:
   fixed: Mapping[str, object]
-  hf: Schema
+  hf: schemas.Schema
   keys: tuple[Key, ...]
   # Tensors without learned numbers, which old checkpoints carry.
   harmless_tensors: str = r'(?!)'
   # Checkpoints of the bare decoder leave this prefix out.
   hf_prefix: str = ''
-  gguf: Schema | None = None
+  gguf: schemas.Schema | None = None
 
-
-# Attributes every Hugging Face config may have. Dropout is here on purpose:
-# preference training runs without it.
-_HF_HARMLESS = frozenset(
-  """
-    _attn_implementation _name_or_path architectures attention_dropout
-    attn_pdrop bos_token_id dtype embd_pdrop eos_token_id gradient_checkpointing
-    id2label initializer_range is_decoder is_llama_config
-    keys_to_ignore_at_inference label2id model_type output_attentions
-    output_hidden_states pad_token_id resid_pdrop return_dict
-    summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    tokenizer_class torch_dtype transformers.js_config transformers_version
-    unk_token_id use_cache
-    """.split()
-)
-_HF_ONLY = {
-  'add_cross_attention': (False,),
-  'chunk_size_feed_forward': (0,),
-  'cross_attention_hidden_size': (None,),
-  'is_encoder_decoder': (False,),
-  'pruned_heads': (None, {}),
-  'pretraining_tp': (1, None),
-  'quantization_config': (None,),
-  'sliding_window': (None,),
-  'use_sliding_window': (False,),
-}
-_ROPE_ONLY = {
-  'rope_interleaved': (False, None),
-  'rope_parameters': (None,),
-  'rope_parameters.rope_type': ('default',),
-  'rope_parameters.type': ('default',),
-  'rope_scaling': (None,),
-  'rope_scaling.rope_type': ('default',),
-  'rope_scaling.type': ('default',),
-}
 
 LLAMA = Family(
   fixed=dict(norm='rms', positions='rotary', mlp='swiglu', mlp_bias=False),
-  hf=Schema(
+  hf=schemas.Schema(
     fields={
       'vocab_size': 'vocab_size',
       'hidden_size': 'd_model',
@@ -124,17 +66,17 @@ LLAMA = Family(
       'attention_bias': 'attention_bias',
       'tie_word_embeddings': 'tied',
     },
-    only=_HF_ONLY
-    | _ROPE_ONLY
+    only=schemas.HF_ONLY
+    | schemas.ROPE_ONLY
     | {
       'hidden_act': ('silu', 'swish'),
       'mlp_bias': (False,),
     },
-    harmless=_HF_HARMLESS,
+    harmless=schemas.HF_HARMLESS,
     # The values LlamaConfig had before it wrote them down.
     absent=dict(rope_theta=10000.0, attention_bias=False, tied=False),
   ),
-  gguf=Schema(
+  gguf=schemas.Schema(
     fields={
       'llama.vocab_size': 'vocab_size',
       'llama.embedding_length': 'd_model',
@@ -275,7 +217,7 @@ GPT2 = Family(
     attention_bias=True,
     mlp_bias=True,
   ),
-  hf=Schema(
+  hf=schemas.Schema(
     fields={
       'vocab_size': 'vocab_size',
       'n_embd': 'd_model',
@@ -287,14 +229,14 @@ GPT2 = Family(
       'n_ctx': 'max_positions',
       'tie_word_embeddings': 'tied',
     },
-    only=_HF_ONLY
+    only=schemas.HF_ONLY
     | {
       'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
       'reorder_and_upcast_attn': (False,),
       'scale_attn_by_inverse_layer_idx': (False,),
       'scale_attn_weights': (True,),
     },
-    harmless=_HF_HARMLESS,
+    harmless=schemas.HF_HARMLESS,
     # rope_theta: no rotation, but the field wants a number.
     absent=dict(tied=True, rope_theta=10000.0),
   ),
@@ -337,33 +279,30 @@ FAMILIES = {'llama': LLAMA, 'gpt2': GPT2}
 
 
 def family_of(model_type: str) -> Family:
-  """Return the family a Hugging Face `model_type` names, or refuse it."""
-  if model_type in FAMILIES:
-    return FAMILIES[model_type]
-  near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
-  raise ValueError(
-    f'model_type {model_type!r} is not supported; the nearest family is '
-    f'{near[0]!r} (families: {", ".join(sorted(FAMILIES))}).'
-  )
+  """Returns the family a Hugging Face `model_type` names, or refuses it."""
+  return names.look_up(FAMILIES, 'model_type', model_type)
 
 
 def config_from_hf(attributes: Mapping) -> transformer.TransformerConfig:
-  """Translate the dict of a Hugging Face config.json, or refuse it."""
+  """Translates the dict of a Hugging Face config.json, or refuses it."""
   if 'model_type' not in attributes:
     raise ValueError(
       'config.json has no model_type; add '
       f'one of {", ".join(sorted(FAMILIES))}.'
     )
   family = family_of(attributes['model_type'])
-  return _translate(
-    family, family.hf, attributes, f'{attributes["model_type"]} config'
+  return schemas.translate(
+    family.hf,
+    attributes,
+    fixed=family.fixed,
+    source=f'{attributes["model_type"]} config',
   )
 
 
 def config_from_gguf(
   metadata: Mapping, shapes: Mapping
 ) -> transformer.TransformerConfig:
-  """Translate GGUF metadata, given the shapes of the tensors in the file."""
+  """Translates GGUF metadata, given the shapes of the tensors in the file."""
   family = gguf_family(metadata)
   # What the metadata does not say, the tensors do.
   said = {
@@ -380,11 +319,13 @@ def config_from_gguf(
   schema = dataclasses.replace(
     family.gguf, absent={**family.gguf.absent, **said}
   )
-  return _translate(family, schema, attributes, 'GGUF metadata')
+  return schemas.translate(
+    schema, attributes, fixed=family.fixed, source='GGUF metadata'
+  )
 
 
 def gguf_family(metadata: Mapping) -> Family:
-  """Return the family that `general.architecture` names, or refuse it."""
+  """Returns the family that `general.architecture` names, or refuses it."""
   known = [name for name, family in FAMILIES.items() if family.gguf]
   architecture = metadata.get('general.architecture')
   if architecture not in known:
@@ -395,91 +336,11 @@ def gguf_family(metadata: Mapping) -> Family:
   return FAMILIES[architecture]
 
 
-def _flat(attributes: Mapping, prefix: str = '') -> dict:
-  """Address nested attributes with dots; a dict nobody nests stays one."""
-  flat = {}
-  for name, value in attributes.items():
-    if name.startswith('rope_') and isinstance(value, Mapping) and value:
-      flat.update(_flat(value, f'{prefix}{name}.'))
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-def _translate(family, schema, attributes, source):
-  types = {
-    field.name: field.type
-    for field in dataclasses.fields(transformer.TransformerConfig)
-  }
-  values, problems = {}, []
-  for name, value in _flat(attributes).items():
-    if name in schema.fields:
-      field = schema.fields[name]
-      if value is None:
-        continue
-      wrong = _wrong_type(value, types[field])
-      if wrong:
-        problems.append(f'{name} = {value!r} ({wrong})')
-      elif values.setdefault(field, value) != value:
-        problems.append(
-          f'{name} = {value!r} (another attribute says {values[field]!r})'
-        )
-    elif name in schema.only:
-      if value not in schema.only[name]:
-        allowed = ' or '.join(repr(v) for v in schema.only[name])
-        problems.append(f'{name} = {value!r} (only {allowed} is implemented)')
-    elif name not in schema.harmless:
-      problems.append(f'{name} = {value!r} (unknown attribute)')
-  values = {**schema.absent, **family.fixed, **values}
-  values = {
-    field: value for field, value in values.items() if value is not None
-  }
-  heads, width = values.get('num_heads'), values.get('d_model')
-  if heads and width:
-    values.setdefault('num_kv_heads', heads)
-    values.setdefault('d_ff', 4 * width)  # Only GPT-2 leaves it out.
-    if 'head_dim' not in values and width % heads:
-      problems.append(f'width {width} is not divisible by {heads} heads')
-    values.setdefault('head_dim', width // heads)
-    if heads % values['num_kv_heads']:
-      problems.append(
-        f'{heads} query heads cannot share '
-        f'{values["num_kv_heads"]} key-value heads'
-      )
-  if values['positions'] == 'rotary' and values.get('head_dim', 0) % 2:
-    problems.append(f'rotary needs an even head_dim, not {values["head_dim"]}')
-  for field in dataclasses.fields(transformer.TransformerConfig):
-    if field.default is dataclasses.MISSING and field.name not in values:
-      names = [a for a, f in schema.fields.items() if f == field.name]
-      if field.name != 'head_dim':  # Follows from two that are missing too.
-        problems.append(f'{" or ".join(names)} is missing')
-  if problems:
-    raise ValueError(
-      f'{source} cannot be translated faithfully:\n  ' + '\n  '.join(problems)
-    )
-  values['rope_theta'] = float(values['rope_theta'])
-  values['norm_eps'] = float(values['norm_eps'])
-  return transformer.TransformerConfig(**values)
-
-
-def _wrong_type(value, kind) -> str | None:
-  kind = kind if isinstance(kind, str) else kind.__name__
-  if kind == 'int':
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-      return 'not a positive integer'
-  elif kind == 'float':
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-      return 'not a number'
-  elif kind == 'bool' and not isinstance(value, bool):
-    return 'not true or false'
-  return None
-
-
 # --- Tensors -----------------------------------------------------------------
 
 
-def from_hf(tensors: Mapping, config, *, family: Family, dtype='float32'):
-  """Build our parameters from Hugging Face tensors.
+def from_hf(tensors: Mapping, config, *, family: Family):
+  """Builds our parameters, in float32, from Hugging Face tensors.
 
   `tensors` maps names to anything with a shape that `np.asarray` reads, so a
   lazy file is never in memory as a whole.
@@ -513,12 +374,12 @@ def from_hf(tensors: Mapping, config, *, family: Family, dtype='float32'):
     _sizes(config),
     layers=config.num_layers,
     harmless=family.harmless_tensors,
-    dtype=dtype,
+    dtype='float32',
   )
 
 
-def from_gguf(tensors: Mapping, config, *, family: Family, dtype='float32'):
-  """Build our parameters from dequantized GGUF tensors, row-major."""
+def from_gguf(tensors: Mapping, config, *, family: Family):
+  """Builds our parameters, in float32, from dequantized, row-major tensors."""
   table = [
     layouts.Row(key.gguf, key.gguf_layout or key.layout, key.paths.split())
     for key in family.keys
@@ -530,12 +391,12 @@ def from_gguf(tensors: Mapping, config, *, family: Family, dtype='float32'):
     _sizes(config),
     layers=config.num_layers,
     harmless=r'(?!)',
-    dtype=dtype,
+    dtype='float32',
   )
 
 
 def to_hf(params: Mapping, config, *, family: Family) -> dict:
-  """Return the Hugging Face tensors of our parameters: `from_hf` reversed."""
+  """Returns the Hugging Face tensors of our parameters: `from_hf` reversed."""
   return layouts.write(
     params, _hf_table(family, config), _sizes(config), layers=config.num_layers
   )

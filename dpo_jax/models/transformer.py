@@ -30,6 +30,7 @@ from dpo_jax import attention
 NORMS = ('rms', 'layer')
 POSITIONS = ('rotary', 'learned')
 MLPS = ('swiglu', 'gelu')
+DTYPES = ('float32', 'bfloat16', 'float16')
 REMATS = ('none', 'attention', 'full')
 
 
@@ -68,6 +69,12 @@ class TransformerConfig:
         raise ValueError(
           f'model.{name} is {getattr(self, name)!r}; use one of {legal}'
         )
+    if self.dtype not in DTYPES:
+      raise ValueError(
+        f'model.dtype is {self.dtype!r}; use one of {DTYPES}, or auto'
+      )
+    if self.scan_unroll < 1:
+      raise ValueError(f'scan_unroll is {self.scan_unroll}; use 1 or more')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'num_heads {self.num_heads} is not a multiple of num_kv_heads'

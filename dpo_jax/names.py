@@ -1,0 +1,14 @@
+"""Looking a name up in a table, with an error that shows the nearest one."""
+
+import difflib
+
+
+def look_up(table, kind, name):
+  """Returns `table[name]`; `kind` is what the error calls an entry."""
+  if name in table:
+    return table[name]
+  near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
+  hint = f'; did you mean {near[0]!r}?' if near else '.'
+  raise ValueError(
+    f'unknown {kind} {name!r}{hint} There are {", ".join(table)}'
+  )

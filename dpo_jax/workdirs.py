@@ -1,0 +1,106 @@
+"""A run's directory: whose it is, and what is in it to go on with."""
+
+import hashlib
+import json
+import os
+
+from dpo_jax import checkpoint
+
+_CONFIG, _DATA = 'config.json', 'data.sha256'
+
+
+def check(workdir, config):
+  """Refuses a workdir that belongs to a run with another config."""
+  before = read_config(workdir)
+  now = json.loads(json.dumps(config.as_dict()))
+  if before and before != now:
+    raise ValueError(
+      f'workdir {workdir!r} belongs to a run with another config'
+      f' ({", ".join(differences(before, now))}); use a new workdir'
+    )
+
+
+def claim(workdir, config, data):
+  """Makes the workdir this run's, or refuses it if its data changed since.
+
+  `data` is a text that changes whenever the data does.
+  """
+  check(workdir, config)
+  data_digest = hashlib.sha256(data.encode()).hexdigest()
+  os.makedirs(workdir, exist_ok=True)
+  path = os.path.join(workdir, _DATA)
+  if os.path.exists(path):
+    with open(path) as f:
+      if f.read() != data_digest:
+        raise ValueError(
+          f'the training data changed since the run in {workdir!r} began; put'
+          ' it back, or use a new workdir'
+        )
+  _write(path, data_digest)
+  text = json.dumps(config.as_dict(), indent=2, sort_keys=True)
+  _write(os.path.join(workdir, _CONFIG), text)
+
+
+def _write(path, text):
+  with open(path + '.tmp', 'w') as f:
+    f.write(text)
+  os.replace(path + '.tmp', path)
+
+
+def read_config(workdir):
+  """Returns the saved config of a run as nested dicts, {} without a run."""
+  path = os.path.join(workdir, _CONFIG)
+  if not os.path.exists(path):
+    return {}
+  with open(path) as f:
+    return json.load(f)
+
+
+def check_same(workdir, config, sections):
+  """Refuses to use a run's weights under other settings of `sections`.
+
+  Args:
+    workdir: of the run that made the weights.
+    config: `settings.Settings` of now.
+    sections: top-level keys that must be equal.
+  """
+  before = read_config(workdir)
+  if not before:
+    raise ValueError(f'{workdir!r} has no {_CONFIG}; it is no run of `train`')
+  now = json.loads(json.dumps(config.as_dict()))
+  found = differences(
+    {name: before.get(name) for name in sections},
+    {name: now.get(name) for name in sections},
+  )
+  if found:
+    raise ValueError(
+      f'the run in {workdir!r} was made with other settings'
+      f' ({", ".join(found)}); set them as they were'
+    )
+
+
+def differences(old, new, prefix=''):
+  """Lists 'name: old -> new' for the leaves in which two configs differ."""
+  out = []
+  for name in sorted({*old, *new}):
+    a, b = old.get(name), new.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      out += differences(a, b, f'{prefix}{name}.')
+    elif a != b:
+      out.append(f'{prefix}{name}: {a!r} -> {b!r}')
+  return out
+
+
+def restore_newest(workdir, like):
+  """Loads the named items of a run's newest checkpoint: (step, items)."""
+  directory = os.path.join(workdir, 'checkpoints')
+  if not os.path.isdir(directory):
+    raise ValueError(f'{workdir!r} has no checkpoints; train there first')
+  checkpoints = checkpoint.Checkpoints(directory, keep=None)
+  try:
+    step = checkpoints.latest()
+    if step is None:
+      raise ValueError(f'{directory!r} holds no finished checkpoint')
+    return step, checkpoints.restore(step, like)
+  finally:
+    checkpoints.close()
