@@ -12,15 +12,15 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1',
     'array-record>=0.6',
-    'flax>=0.10.6',
+    'flax>=0.12',
     'gguf>=0.17',
-    'importlib-resources>=6.4',
-    'jax>=0.8',
+    'importlib-resources>=6.4',  # tensorflow-datasets needs it
+    'jax>=0.10',
     'matplotlib>=3.9',
     'ml-collections>=1.0',
     'numpy>=2.0',
-    'optax>=0.2.5',
-    'orbax-checkpoint>=0.11.20',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12',
     'safetensors>=0.5',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.8',
@@ -28,6 +28,6 @@ setuptools.setup(
     'tqdm>=4.66',
     'vaderSentiment>=3.3.2',
   ],
-  extras_require={'test': ['pytest>=8.0', 'ruff>=0.12']},
+  extras_require={'test': ['pytest>=8.0', 'ruff>=0.17,<0.18']},
   entry_points={'console_scripts': ['dpo-jax = dpo_jax.main:run']},
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,45 +13,60 @@ from dpo_jax import losses
 from dpo_jax import objectives
 from dpo_jax import train
 from dpo_jax.data import batches
+from dpo_jax.models import transformer
 from tests import worlds
 
-# SmolLM2-135M's depth and head layout, narrower: XLA's work depends on the
-# number of operations, not on their sizes.
-DEEP = dataclasses.replace(
-  worlds.LLAMA,
-  vocab_size=512,
-  d_model=64,
+# SmolLM2-135M.
+DEEP = transformer.TransformerConfig(
+  vocab_size=49152,
+  d_model=576,
   num_layers=30,
   num_heads=9,
   num_kv_heads=3,
-  head_dim=8,
-  d_ff=128,
+  head_dim=64,
+  d_ff=1536,
+  norm='rms',
+  norm_eps=1e-5,
+  positions='rotary',
+  max_positions=8192,
+  rope_theta=1e5,
+  mlp='swiglu',
+  attention_bias=False,
+  mlp_bias=False,
+  tied=True,
 )
 
 
 def compile_seconds(config):
+  """Process time of compiling the training step, which is never run."""
   loss, function = losses.bind('dpo', {'beta': 0.1})
   sums = objectives.make_sums(
-    objectives.make_token_logps(config, chunk=16),
+    objectives.make_token_logps(config, chunk=512),
     loss,
     function,
     beta=0.1,
     reference='frozen',
   )
-  tx = optax.sgd(1e-3)
+  tx = optax.adamw(1e-3)
   schedule = optax.constant_schedule(1e-3)
   step = train.make_step(sums, tx, schedule, batch_size=4)
-  params = worlds.params_of(config)
+  params = jax.eval_shape(
+    lambda: nn.unbox(transformer.init_params(config, jax.random.key(0)))
+  )
   plan = batches.training_plan(
     worlds.make_groups(8),
     seed=0,
     num_steps=1,
     batch_size=4,
-    row_length=64,
+    row_length=256,
     multiple=1,
   )
-  state = train.State(params, tx.init(params), jnp.zeros((), jnp.int32))
-  lowered = jax.jit(step).lower(state, params, plan.batch(0))
+  state = train.State(
+    params,
+    jax.eval_shape(tx.init, params),
+    jax.ShapeDtypeStruct((), jnp.int32),
+  )
+  lowered = jax.jit(step, donate_argnums=0).lower(state, params, plan.batch(0))
   start = time.process_time()
   lowered.compile()
   return time.process_time() - start
