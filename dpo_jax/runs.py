@@ -85,9 +85,8 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   # --------------------------------------------------------------- model ----
   model_config, params, tokenizer = open_model(config.model, mesh=mesh)
   if config.init:
-    params = workdirs.restore_newest(config.init, {'params': params})[1][
-      'params'
-    ]
+    _, items = workdirs.restore_newest(config.init, {'params': params})
+    params = items['params']
 
   # ---------------------------------------------------------------- data ----
   groups, report = load_groups(
@@ -96,32 +95,31 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   tqdm.tqdm.write(report, file=sys.stderr)
   check_soft_labels(groups, loss_name, loss)
   groups['test'] = groups['test'][: config.eval.max_groups or None]
-  plans = {
-    split: batches.evaluation_plan(
-      part,
+
+  def evaluation_plan(split):
+    return batches.evaluation_plan(
+      groups[split],
       batch_size=config.eval.batch_size,
       row_length=config.data.row_length,
       multiple=sharding.row_shards(mesh),
     )
-    for split, part in groups.items()
-    if part
-  }
 
   # ----------------------------------------------------------- reference ----
   token_logps = objectives.make_token_logps(model_config, chunk=chunk)
   cache_dir = config.reference.cache_dir or fetch.cache_folder() / 'reference'
   ref_values = dict.fromkeys(groups)
   if mode == 'cached':
-    for split in {*splits} & {*plans}:
-      ref_values[split] = ref_cache.load_or_compute(
-        cache_dir,
-        token_logps,
-        params,
-        model_config,
-        plans[split],
-        mesh,
-        name=split,
-      )
+    for split in splits:
+      if groups[split]:
+        ref_values[split] = ref_cache.load_or_compute(
+          cache_dir,
+          token_logps,
+          params,
+          model_config,
+          evaluation_plan(split),
+          mesh,
+          name=split,
+        )
   # A copy, because the step donates the policy's buffers.
   ref_params = None
   if mode == 'frozen' or config.eval.samples.num_prompts:
@@ -136,9 +134,9 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     reference=mode,
   )
   evaluate_heldout = evaluate_samples = None
-  if 'test' in plans:
+  if groups['test']:
     evaluate_heldout = evaluators.make_heldout(
-      sums, plans['test'], mesh, ref_values=ref_values['test']
+      sums, evaluation_plan('test'), mesh, ref_values=ref_values['test']
     )
   how = dict(config.eval.samples)
   prompts = sample_prompts(
