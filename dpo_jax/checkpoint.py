@@ -25,7 +25,7 @@ class Checkpoints:
   def __init__(self, directory, *, keep):
     """Opens a directory; `keep` None only reads, for another run's."""
     if keep is None:
-      options = ocp.CheckpointManagerOptions(read_only=True)
+      options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     else:
       check_keep(keep)
       options = ocp.CheckpointManagerOptions(

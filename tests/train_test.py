@@ -174,7 +174,7 @@ def command(config, workdir):
   )
 
 
-@pytest.mark.parametrize('mode, kill_at', [('frozen', 14), ('cached', 6)])
+@pytest.mark.parametrize('mode, kill_at', [('frozen', 8), ('cached', 5)])
 def test_killed_and_resumed_equals_uninterrupted_bitwise(
   tmp_path, mode, kill_at
 ):
