@@ -10,6 +10,8 @@ import os
 import tensorboardX
 import tqdm
 
+from dpo_jax import workdirs
+
 
 def read(workdir, name='metrics.jsonl'):
   """Returns the records of a run's JSON Lines file, [] where there is none."""
@@ -25,9 +27,7 @@ def _open(workdir, name, after):
   """Opens a file to append to, without what came after step `after`."""
   records = [r for r in read(workdir, name) if r['step'] <= after]
   path = os.path.join(workdir, name)
-  with open(path + '.tmp', 'w') as f:
-    f.writelines(json.dumps(record) + '\n' for record in records)
-  os.replace(path + '.tmp', path)
+  workdirs.write(path, ''.join(json.dumps(r) + '\n' for r in records))
   return open(path, 'a')
 
 

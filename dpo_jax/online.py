@@ -215,10 +215,8 @@ def write_pairs(
 
 
 def write_lines(path, records):
-  """Writes JSON Lines under a temporary name, then moves the file."""
-  with open(path + '.tmp', 'w') as f:
-    f.writelines(json.dumps(record) + '\n' for record in records)
-  os.replace(path + '.tmp', path)
+  """Writes JSON Lines; the file appears whole or not at all."""
+  workdirs.write(path, ''.join(json.dumps(r) + '\n' for r in records))
 
 
 def best_and_worst(

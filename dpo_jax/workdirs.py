@@ -36,12 +36,13 @@ def claim(workdir, config, data):
           f'the training data changed since the run in {workdir!r} began; put'
           ' it back, or use a new workdir'
         )
-  _write(path, data_digest)
+  write(path, data_digest)
   text = json.dumps(config.as_dict(), indent=2, sort_keys=True)
-  _write(os.path.join(workdir, _CONFIG), text)
+  write(os.path.join(workdir, _CONFIG), text)
 
 
-def _write(path, text):
+def write(path, text):
+  """Writes a file whole: under a temporary name, then moved."""
   with open(path + '.tmp', 'w') as f:
     f.write(text)
   os.replace(path + '.tmp', path)
