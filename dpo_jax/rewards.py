@@ -1,10 +1,13 @@
 """Rewards and statistics of texts: text in, numbers out.
 
 A reward is a function `reward(prompts, responses) -> float array [N]` of two
-lists of texts. Add one by writing it and naming it in `REWARDS`.
+lists of texts. Add one by writing it and naming it in `REWARDS`. A constraint
+score is a reward in [0, 1], 1 where the response breaks the constraint; its
+table is `CONSTRAINTS`.
 """
 
 import functools
+import re
 
 import numpy as np
 from vaderSentiment import vaderSentiment
@@ -17,6 +20,11 @@ def _analyzer():
   return vaderSentiment.SentimentIntensityAnalyzer()  # reads its lexicon
 
 
+def _compounds(texts):
+  score = _analyzer().polarity_scores
+  return np.array([score(text)['compound'] for text in texts])
+
+
 def vader(prompts, responses):
   """Returns VADER's compound sentiment of prompt + response, in [-1, 1].
 
@@ -24,12 +32,9 @@ def vader(prompts, responses):
   and completion: a response may begin in the middle of a sentence or a word.
   With neutral prompts the score is the response's.
   """
-  score = _analyzer().polarity_scores
-  return np.array(
-    [
-      score(prompt + response)['compound']
-      for prompt, response in zip(prompts, responses, strict=True)
-    ]
+  return _compounds(
+    prompt + response
+    for prompt, response in zip(prompts, responses, strict=True)
   )
 
 
@@ -39,12 +44,30 @@ def length(prompts, responses):
   return np.array([float(len(response)) for response in responses])
 
 
+def digits(prompts, responses):
+  """Returns 1 for each response that contains a digit, else 0."""
+  del prompts
+  return np.array([float(bool(re.search(r'\d', text))) for text in responses])
+
+
+def negative(prompts, responses):
+  """Returns how negative each response is: (1 - VADER's compound) / 2."""
+  del prompts
+  return (1.0 - _compounds(responses)) / 2.0
+
+
 REWARDS = {'vader': vader, 'length': length}
+CONSTRAINTS = {'digits': digits, 'negative': negative}
 
 
 def get(name):
   """Returns the reward of that name."""
   return names.look_up(REWARDS, 'reward', name)
+
+
+def get_constraint(name):
+  """Returns the constraint score of that name."""
+  return names.look_up(CONSTRAINTS, 'constraint', name)
 
 
 def score(reward, prompts, responses):
@@ -66,6 +89,19 @@ def score(reward, prompts, responses):
     raise ValueError(
       f'the reward of text {n} is {values[n]}; make the reward finite for'
       f'\n  prompt:   {prompts[n]!r}\n  response: {responses[n]!r}'
+    )
+  return values
+
+
+def score_constraint(constraint, prompts, responses):
+  """Returns `constraint(prompts, responses)` after checking its numbers."""
+  values = score(constraint, prompts, responses)
+  outside = (values < 0.0) | (values > 1.0)
+  if outside.any():
+    n = int(np.argmax(outside))
+    raise ValueError(
+      f'the constraint score of text {n} is {values[n]}; scale the constraint'
+      f' into [0, 1]\n  prompt:   {prompts[n]!r}\n  response: {responses[n]!r}'
     )
   return values
 

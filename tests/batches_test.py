@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -174,11 +175,13 @@ def test_uniform_plan_has_one_shape_whatever_the_lengths():
   assert shapes == {((4, 32), (4, 14))}
 
 
-def test_flat_values_lie_where_their_tokens_do_and_come_back():
-  groups = worlds.make_groups(9)
+@pytest.mark.parametrize('responses', [1, 2, 3, 4])
+def test_flat_values_lie_where_their_tokens_do_and_come_back(responses):
+  groups = worlds.make_groups(9, responses=responses)
   plan = batches.training_plan(
-    groups, seed=0, num_steps=2, batch_size=6, row_length=48, multiple=1
+    groups, seed=0, num_steps=2, batch_size=6, row_length=60, multiple=1
   )
+  assert plan.responses == responses
   starts = plan.starts
   # The value of a token is the token, so placing must reproduce `target`.
   flat = np.concatenate([r for g in groups for r in g.responses])
@@ -205,6 +208,43 @@ def test_a_pair_longer_than_a_row_says_what_to_change():
 def test_no_groups_is_an_error():
   with pytest.raises(ValueError, match='no examples are left'):
     batches.evaluation_plan([], batch_size=2, row_length=20, multiple=1)
+
+
+@pytest.mark.parametrize('responses', [1, 3, 4])
+def test_rewards_and_costs_follow_their_groups(responses):
+  groups = [
+    dataclasses.replace(
+      group,
+      rewards=tuple(n - 0.25 * k for k in range(responses)),
+      costs=tuple(k / responses for k in range(responses)),
+    )
+    for n, group in enumerate(worlds.make_groups(11, responses=responses))
+  ]
+  plan = batches.evaluation_plan(
+    groups, batch_size=4, row_length=90, multiple=2
+  )
+  seen = 0
+  for step in range(plan.num_steps):
+    batch = plan.batch(step)
+    for name in ('rewards', 'costs'):
+      values = batch[name]
+      assert values.dtype == np.float32
+      assert values.shape == (*batch['mask'].shape, responses)
+      assert not values[~batch['mask']].any()
+      for r, g in np.argwhere(batch['mask']):
+        group = groups[batch['group'][r, g]]
+        expected = np.float32(getattr(group, name))
+        np.testing.assert_array_equal(values[r, g], expected)
+        seen += 1
+  assert seen == 2 * 11
+
+
+@pytest.mark.parametrize('name', ['rewards', 'costs'])
+def test_some_groups_with_rewards_and_some_without_are_refused(name):
+  groups = worlds.make_groups(3)
+  groups[0] = dataclasses.replace(groups[0], **{name: (1.0, 0.0)})
+  with pytest.raises(ValueError, match=f"2 of 3 .* no {name}, such as '1'"):
+    batches.evaluation_plan(groups, batch_size=2, row_length=99, multiple=1)
 
 
 def test_mixed_numbers_of_responses_are_refused():

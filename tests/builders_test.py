@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from dpo_jax.data import builders
+from dpo_jax.data import forms
 from dpo_jax.data import locations
 from dpo_jax.data import records
 from dpo_jax.data import sources
@@ -22,6 +23,8 @@ _EXAMPLE = {
   'p': 0.75,
   'chosen_ended': False,
   'rejected_ended': True,
+  'chosen_reward': 2.5,
+  'rejected_reward': -1.0,
 }
 
 
@@ -50,7 +53,7 @@ def test_every_task_is_in_all_tables():
     assert table.keys() == builders.BUILDERS.keys()
   for name, builder in builders.BUILDERS.items():
     assert builder.name == name
-    assert set(records.TASKS[name].forms) <= records.FIELDS.keys()
+    assert set(records.TASKS[name].forms) <= forms.FIELDS.keys()
 
 
 def test_examples_come_back_as_they_went_in(tmp_path):
@@ -76,6 +79,54 @@ def test_examples_come_back_as_they_went_in(tmp_path):
     train[len(train)]
 
 
+def test_absent_rewards_come_back_as_none(tmp_path):
+  row = {n: v for n, v in _EXAMPLE.items() if not n.endswith('_reward')}
+  _write(tmp_path / 'in', [row])
+  dataset = _load(tmp_path / 'in', tmp_path / 'cache', held_out=0.0)
+  assert dataset.splits['train'][0] == {
+    **_EXAMPLE,
+    'chosen_reward': None,
+    'rejected_reward': None,
+  }
+
+
+def test_rankings_come_back_as_they_went_in(tmp_path):
+  row = {
+    'id': 'é',
+    'prompt': 'q',
+    'responses': ['☃', ' b', 'c'],
+    'rewards': [1.5, 0.0, -2.0],
+    'weight': 0.5,
+    'ended': [True, False, True],
+  }
+  plain = {**row, 'id': 'plain', 'rewards': []}
+  given = {n: v for n, v in plain.items() if n != 'rewards'}
+  _write(tmp_path / 'in', [row, given])
+  dataset = _load(
+    tmp_path / 'in', tmp_path / 'cache', form='rankings', held_out=0.0
+  )
+  train = dataset.splits['train']
+  assert list(train) == [row, plain]
+  for name in ('responses', 'rewards', 'ended'):
+    assert type(train[0][name]) is list
+    assert {*map(type, train[0][name])} == {type(row[name][0])}
+
+
+def test_unpaired_examples_come_back_as_they_went_in(tmp_path):
+  _write(tmp_path / 'in', [_EXAMPLE])
+  dataset = _load(
+    tmp_path / 'in', tmp_path / 'cache', form='unpaired', held_out=0.0
+  )
+  both = {'prompt': 'q\n☃ 0', 'weight': 0.5}
+  assert list(dataset.splits['train']) == [
+    {**both, 'id': 'é/chosen', 'response': ' a', 'label': 0.75, 'ended': False},
+    {**both, 'id': 'é/rejected', 'response': 'b', 'label': 0.25, 'ended': True},
+  ]
+  report = str(dataset.report)
+  assert 'file: f.jsonl, 1 rows' in report and 'read' in report
+  assert dataset.report.splits['train'].read == 2
+
+
 def test_second_load_reads_the_cache_and_the_report(tmp_path, monkeypatch):
   _write(tmp_path / 'in', _rows(20))
   first = _load(tmp_path / 'in', tmp_path / 'cache')
@@ -88,7 +139,13 @@ def test_second_load_reads_the_cache_and_the_report(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'keywords', [{'held_out': 0.3}, {'form': 'sft'}, {'held_out': 0.0}]
+  'keywords',
+  [
+    {'held_out': 0.3},
+    {'form': 'sft'},
+    {'form': 'unpaired'},
+    {'held_out': 0.0},
+  ],
 )
 def test_other_arguments_are_another_data_set(tmp_path, keywords):
   _write(tmp_path / 'in', _rows(20))

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
+from dpo_jax import rewards
 from dpo_jax.data import examples
+from dpo_jax.data import forms
 from dpo_jax.data import locations
 from dpo_jax.data import records
 from dpo_jax.data import tokenizers
@@ -22,17 +24,34 @@ def _pair(prompt='pq', chosen='abc', rejected='xy', **fields):
     'p': 1.0,
     'chosen_ended': True,
     'rejected_ended': True,
+    'chosen_reward': None,
+    'rejected_reward': None,
     **fields,
   }
 
 
-def _tokenize(*rows, tokenizer=None, prompt=99, response=99, form='pairs'):
+def _ranking(*responses, **fields):
+  return {
+    'id': 'i',
+    'prompt': 'pq',
+    'responses': list(responses),
+    'rewards': [],
+    'weight': 1.0,
+    'ended': [True] * len(responses),
+    **fields,
+  }
+
+
+def _tokenize(
+  *rows, tokenizer=None, prompt=99, response=99, form='pairs', **keywords
+):
   return examples.tokenize(
     rows,
     tokenizer or tokenizers.ByteTokenizer(),
     max_prompt_tokens=prompt,
     max_response_tokens=response,
     form=form,
+    **keywords,
   )
 
 
@@ -46,7 +65,9 @@ def _bytes(text, *more):
 
 def _parse(task, row, name, form):
   file = locations.RawFile(None, name, None)
-  return records.TASKS[task].parse(row, file, 1, form).example
+  example = records.TASKS[task].parse(row, file, 1, form).example
+  (made,) = forms.of_form(example, form)
+  return made
 
 
 def test_literal_tokens_of_an_hh_pair():
@@ -91,7 +112,7 @@ def test_literal_tokens_of_a_tldr_pair():
 def test_literal_tokens_of_an_imdb_review():
   row = {'id': 'train/pos/0', 'text': 'Oh my, good', 'label': 1}
   review = _parse('imdb', row, 'train.jsonl', 'reviews')
-  example = records.review_to_sft(review, prompt_words=2)
+  (example,) = forms.of_form(review, 'sft', prompt_words=2)
   (group,), _ = _tokenize(example, form='sft')
   assert _lists(group) == [
     [79, 104, 32, 109, 121, 44],
@@ -111,6 +132,151 @@ def test_literal_tokens_of_jsonl_rows():
   (group,), _ = _tokenize(example, form='sft')
   assert _lists(group) == [[97], [98]]
   assert (group.weight, group.p) == (0.5, 1.0)
+
+
+def test_literal_tokens_of_both_halves_of_a_pair():
+  row = {'prompt': 'é?', 'chosen': 'ja', 'rejected': 'n', 'p': 0.75}
+  file = locations.RawFile(None, 'f.jsonl', None)
+  pair = records.parse_jsonl(row, file, 1, 'unpaired').example
+  groups, report = _tokenize(
+    *forms.of_form(pair, 'unpaired'), form='unpaired', response=2
+  )
+  assert [_lists(group) for group in groups] == [
+    [[195, 169, 63], [106, 97]],
+    [[195, 169, 63], [110, 256]],
+  ]
+  assert [(g.id, g.p, g.weight) for g in groups] == [
+    ('f/0/chosen', 0.75, 1.0),
+    ('f/0/rejected', 0.25, 1.0),
+  ]
+  assert report.truncated == {'prompt': 0, 'response': 1}
+  assert {(g.rewards, g.costs) for g in groups} == {(None, None)}
+
+
+def test_literal_tokens_of_a_labelled_response():
+  row = {'prompt': 'a', 'response': 'b', 'label': False, 'ended': False}
+  example = _parse('jsonl', {**row, 'weight': 3}, 'f.jsonl', 'unpaired')
+  (group,), _ = _tokenize(example, form='unpaired')
+  assert _lists(group) == [[97], [98]]
+  assert (group.p, group.weight) == (0.0, 3.0)
+
+
+def test_literal_tokens_of_a_ranking():
+  row = {
+    'prompt': 'q',
+    'responses': ['c', 'long', 'b'],
+    'rewards': [0, -1, 1.5],
+    'ended': [True, True, False],
+    'weight': 2,
+  }
+  example = _parse('jsonl', row, 'f.jsonl', 'rankings')
+  (group,), report = _tokenize(example, form='rankings', response=3)
+  assert _lists(group) == [[113], [98], [99, 256], [108, 111, 110]]
+  assert group.rewards == (1.5, 0.0, -1.0)
+  assert (group.p, group.weight, group.costs) == (1.0, 2.0, None)
+  assert report.truncated == {
+    'prompt': 0,
+    'response 1': 0,
+    'response 2': 0,
+    'response 3': 1,
+  }
+  assert [numbers['max'] for numbers in report.lengths.values()] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+  'row, form, expected',
+  [
+    (_pair(), 'pairs', None),
+    (_pair(chosen_reward=0.0, rejected_reward=2.5), 'pairs', (0.0, 2.5)),
+    (_ranking('a', 'b', 'c'), 'rankings', None),
+    (_ranking('a', 'b', rewards=[1.0, 0.0]), 'rankings', (1.0, 0.0)),
+  ],
+)
+def test_absent_rewards_are_none(row, form, expected):
+  (group,), _ = _tokenize(row, form=form)
+  assert group.rewards == expected
+
+
+def test_rankings_with_responses_identical_in_tokens_are_dropped():
+  groups, report = _tokenize(
+    _ranking('abcd', 'x', 'abce'),
+    _ranking('abcd', '', 'x'),
+    _ranking('abcd', 'x', 'y', id='kept'),
+    form='rankings',
+    response=3,
+  )
+  assert [group.id for group in groups] == ['kept']
+  assert report.dropped == {
+    'responses identical in tokens': 1,
+    'response without tokens': 1,
+  }
+
+
+def test_rankings_of_different_lengths_are_refused():
+  with pytest.raises(ValueError, match=r"'2' has 2 responses.* cut all to one"):
+    _tokenize(_ranking(*'abc'), _ranking(*'ab', id='2'), form='rankings')
+
+
+def test_costs_are_of_whole_texts_and_stay_with_their_responses():
+  seen = []
+
+  def cost(prompts, responses):
+    seen.extend(zip(prompts, responses))
+    return np.array([len(text) / 10 for text in responses])
+
+  rows = [
+    _ranking('abcdefgh', 'ab', 'x', prompt=f'p{n}', id=f'{n}')
+    for n in range(1500)
+  ]
+  rows[700]['responses'][1] = ''
+  groups, _ = _tokenize(*rows, form='rankings', cost=cost, response=3)
+  assert len(groups) == 1499
+  assert {group.costs for group in groups} == {(0.8, 0.2, 0.1)}
+  assert len(seen) == 4500 and ('p1200', 'abcdefgh') in seen
+  (pair,), _ = _tokenize(
+    _pair(chosen='1 good', rejected='bad'), cost=rewards.digits
+  )
+  assert pair.costs == (1.0, 0.0)
+  (single,), _ = _tokenize(
+    {**_ranking(), 'response': 'a2', 'ended': True, 'label': 0.5},
+    form='unpaired',
+    cost=rewards.digits,
+  )
+  assert single.costs == (1.0,) and single.p == 0.5
+
+
+@pytest.mark.parametrize(
+  'value, message',
+  [
+    (1.5, r"text 0 is 1.5; scale .* into \[0, 1\][^?]*'abc'"),
+    (-1e-9, r'scale the constraint into \[0, 1\]'),
+    (float('nan'), 'text 0 is nan'),
+    (float('inf'), 'text 0 is inf'),
+  ],
+)
+def test_costs_outside_the_unit_interval_are_refused(value, message):
+  with pytest.raises(ValueError, match=message):
+    _tokenize(_pair(), cost=lambda prompts, _: [value] * len(prompts))
+
+
+def test_groups_with_two_equal_rewards_are_ties():
+  def group(*values):
+    return examples.Group(
+      np.array([1]), (), 1.0, 1.0, '', rewards=values or None
+    )
+
+  groups = [
+    group(2.0, 1.0, 0.0),
+    group(2.0, 2.0, 0.0),
+    group(0.0, 1.0, 0.0),
+    group(),
+    group(0.0, -0.0),
+    group(16777217.0, 16777216.0),  # equal in float32
+    group(1.0, 2.0),
+  ]
+  kept, dropped = examples.drop_ties(groups)
+  assert kept == [groups[0], groups[3], groups[6]]
+  assert dropped == 4
 
 
 @pytest.mark.parametrize(
@@ -224,6 +390,9 @@ def test_nothing_to_read_gives_an_empty_report():
   groups, report = _tokenize()
   assert groups == []
   assert report.lengths['chosen']['max'] == 0.0
+  groups, report = _tokenize(form='rankings')
+  assert groups == []
+  assert report.lengths.keys() == {'prompt'} and 'kept' in str(report)
 
 
 def test_vocabulary_must_fit_the_model():

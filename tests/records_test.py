@@ -2,6 +2,7 @@ import pathlib
 
 import pytest
 
+from dpo_jax.data import forms
 from dpo_jax.data import locations
 from dpo_jax.data import records
 
@@ -10,6 +11,10 @@ _FILE = locations.RawFile(pathlib.Path('f'), 'helpful-base/test.jsonl', 'test')
 
 def _parse(task, row, form='pairs'):
   return records.TASKS[task].parse(row, _FILE, 3, form)
+
+
+def _examples(task, row, form):
+  return forms.of_form(_parse(task, row, form).example, form)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +48,7 @@ def test_dialogues_part_at_the_last_shared_marker(chosen, rejected, expected):
 
 
 def test_dialogues_without_a_shared_marker_are_bad():
-  with pytest.raises(records.BadRow, match='share no'):
+  with pytest.raises(forms.BadRow, match='share no'):
     records.split_dialogues('\n\nHuman: a\n\nAssistant: b', 'other')
 
 
@@ -68,14 +73,26 @@ def test_hh_dialogues_and_split_rows_give_the_same_example():
     'p': 1.0,
     'chosen_ended': True,
     'rejected_ended': True,
+    'chosen_reward': None,
+    'rejected_reward': None,
   }
-  assert _parse('hh', full, 'sft').example == {
+  yes = {
     'id': 'helpful-base/test/2',
     'prompt': '\n\nHuman: Hi\n\nAssistant:',
     'response': ' Yes',
     'weight': 1.0,
     'ended': True,
   }
+  assert _examples('hh', full, 'sft') == [yes]
+  assert _examples('hh', full, 'unpaired') == [
+    {**yes, 'id': 'helpful-base/test/2/chosen', 'label': 1.0},
+    {
+      **yes,
+      'id': 'helpful-base/test/2/rejected',
+      'response': ' No',
+      'label': 0.0,
+    },
+  ]
 
 
 def _comparison(**changes):
@@ -128,7 +145,7 @@ def test_tldr_post_is_the_same_with_and_without_subreddit_and_id():
   ],
 )
 def test_tldr_comparison_errors_name_the_field(changes, message):
-  with pytest.raises(records.BadRow, match=message):
+  with pytest.raises(forms.BadRow, match=message):
     _parse('tldr', _comparison(**changes))
 
 
@@ -142,20 +159,17 @@ def test_jsonl_row_keeps_all_it_says():
     'p': 0.75,
     'chosen_ended': False,
     'rejected_ended': True,
+    'chosen_reward': -1,
+    'rejected_reward': 2.5,
   }
   assert _parse('jsonl', row).example == {**row, 'id': '7', 'weight': 2.0}
-  assert _parse('jsonl', row, 'sft').example == {
-    'id': '7',
-    'prompt': 'q',
-    'response': 'a',
-    'weight': 2.0,
-    'ended': False,
-  }
+  assert _examples('jsonl', row, 'sft') == [
+    {'id': '7', 'prompt': 'q', 'response': 'a', 'weight': 2.0, 'ended': False}
+  ]
   direct = {'prompt': 'q', 'response': 'a', 'weight': 0.5, 'ended': False}
-  assert _parse('jsonl', direct, 'sft').example == {
-    'id': 'helpful-base/test/2',
-    **direct,
-  }
+  assert _examples('jsonl', direct, 'sft') == [
+    {'id': 'helpful-base/test/2', **direct}
+  ]
 
 
 @pytest.mark.parametrize(
@@ -174,30 +188,19 @@ def test_jsonl_row_keeps_all_it_says():
     ({'weight': True}, "'weight' must be a number"),
     ({'chosen_ended': 1}, "'chosen_ended' must be true or false"),
     ({'id': [1]}, "'id' must be text or an integer"),
+    ({'chosen_reward': 1}, "'rejected_reward' is missing; give both"),
+    ({'rejected_reward': 1}, "'chosen_reward' is missing; give both"),
+    (
+      {'chosen_reward': 1e39, 'rejected_reward': 0},
+      "'chosen_reward' must be finite in float32",
+    ),
+    (
+      {'chosen_reward': 0, 'rejected_reward': None},
+      "'rejected_reward' must be a number",
+    ),
   ],
 )
 def test_jsonl_errors_name_the_field(changes, message):
   row = {'prompt': 'q', 'chosen': 'a', 'rejected': 'b', **changes}
-  with pytest.raises(records.BadRow, match=message):
+  with pytest.raises(forms.BadRow, match=message):
     _parse('jsonl', row)
-
-
-def test_response_rows_are_not_pairs():
-  with pytest.raises(records.BadRow, match="needs form 'sft'"):
-    _parse('jsonl', {'prompt': 'q', 'response': 'a'})
-
-
-@pytest.mark.parametrize(
-  'text, words, prompt',
-  [
-    ('One two  three', 2, 'One two'),
-    (' One\ttwo three', 1, ' One'),
-    ('One two', 2, 'One two'),
-    ('One', 2, 'One'),
-  ],
-)
-def test_review_is_prompt_plus_response(text, words, prompt):
-  review = {'id': 'x', 'text': text, 'label': 1}
-  example = records.review_to_sft(review, prompt_words=words)
-  assert example['prompt'] == prompt
-  assert example['prompt'] + example['response'] == text

@@ -25,6 +25,41 @@ def test_an_unknown_reward_names_the_nearest():
     rewards.get('vade')
 
 
+@pytest.mark.parametrize(
+  'response, value',
+  [('call 911', 1.0), ('x\n2', 1.0), ('nine', 0.0), ('', 0.0), ('²', 0.0)],
+)
+def test_digits_break_the_digits_constraint(response, value):
+  assert rewards.digits(['in 1984'], [response]).tolist() == [value]
+
+
+def test_negative_is_vader_of_the_response_turned_around():
+  prompts = ['It is horrible. '] * 3
+  responses = ['wonderful!', 'horrible.', '']
+  values = rewards.negative(prompts, responses)
+  alone = rewards.vader([''] * 3, responses)
+  np.testing.assert_allclose(values, (1.0 - alone) / 2.0)
+  # VADER's compounds are 0.6114, -0.5423 and 0.
+  np.testing.assert_allclose(values, [0.1943, 0.77115, 0.5])
+
+
+def test_constraints_are_found_by_name():
+  assert rewards.get_constraint('digits') is rewards.digits
+  with pytest.raises(ValueError, match="constraint 'digit'; did you mean"):
+    rewards.get_constraint('digit')
+
+
+def test_constraint_scores_lie_in_the_unit_interval():
+  texts = ['good', 'bad 7', 'x']
+  for constraint in rewards.CONSTRAINTS.values():
+    values = rewards.score_constraint(constraint, texts, texts)
+    assert ((0.0 <= values) & (values <= 1.0)).all()
+  edges = rewards.score_constraint(lambda *_: [0.0, 1.0, 0.5], texts, texts)
+  assert edges.tolist() == [0.0, 1.0, 0.5]
+  with pytest.raises(ValueError, match=r"text 1 is 1.1; scale[^?]*'bad 7'"):
+    rewards.score_constraint(lambda *_: [0.0, 1.1, -1.0], texts, texts)
+
+
 def test_score_returns_the_rewards():
   values = rewards.score(rewards.vader, ['It is '], ['good'])
   np.testing.assert_allclose(values, [0.4404])

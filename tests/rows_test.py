@@ -7,22 +7,24 @@ import pytest
 
 from dpo_jax import objectives
 from dpo_jax.data import examples
+from dpo_jax.data import partners
 from dpo_jax.data import rows
 from dpo_jax.models import transformer
 from tests import worlds
 
-P1, P2, P3, C1, C2, R1, E = 11, 12, 13, 21, 22, 31, 99
+P1, P2, P3, C1, C2, R1, R2, E = 11, 12, 13, 21, 22, 31, 32, 99
 # What the model sees of a batch.
 INPUTS = ('tokens', 'positions', 'lo', 'hi', 'source', 'target')
 
 
-def group(prompt, *responses):
+def group(prompt, *responses, **fields):
   return examples.Group(
     np.array(prompt, np.int32),
     tuple(np.array(r, np.int32) for r in responses),
     1.0,
     1.0,
     'x',
+    **fields,
   )
 
 
@@ -70,6 +72,106 @@ def test_three_responses_are_two_blocks():
   assert row['source'].tolist() == [[1, 1, 3, 4]]
   assert row['slot'].tolist() == [[0, 1, 2, 2]]
   assert rows.slots_needed(three) == 6
+
+
+def literal(groups, members, **shape):
+  batch = layout(groups, members, **shape)
+  return {name: array.tolist() for name, array in batch.items()}
+
+
+def test_an_odd_last_block_has_no_left_side():
+  three = group([P1, P2], [C1, C2, E], [R1, E], [R2])
+  row = literal([three], [[0]], T=12, S=7, G=2, K=3)
+  assert row['tokens'] == [[E, R1, P1, P2, C1, C2, E, P1, P2, R2, 0, 0]]
+  assert row['positions'] == [[3, 2, 0, 1, 2, 3, 4, 0, 1, 2, 0, 0]]
+  assert row['lo'] == [[0, 1, 2, 2, 2, 2, 2, 7, 7, 7, 10, 11]]
+  assert row['hi'] == [[4, 4, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
+  assert row['source'] == [[3, 4, 5, 3, 1, 8, 0]]
+  assert row['target'] == [[C1, C2, E, R1, E, R2, 0]]
+  assert row['slot'] == [[0, 0, 0, 1, 1, 2, -1]]
+  assert row['mask'] == [[True, False]] and row['group'] == [[0, -1]]
+  assert rows.slots_needed(three) == 10
+
+
+def test_four_responses_are_two_whole_blocks():
+  four = group([P1, P2], [C1], [R1, E], [C2, E], [R2])
+  row = literal([four], [[0]], T=10, S=6, G=1, K=4)
+  assert row['tokens'] == [[E, R1, P1, P2, C1, R2, P1, P2, C2, E]]
+  assert row['positions'] == [[3, 2, 0, 1, 2, 2, 0, 1, 2, 3]]
+  assert row['lo'] == [[0, 1, 2, 2, 2, 5, 6, 6, 6, 6]]
+  assert row['hi'] == [[4, 4, 3, 4, 5, 8, 7, 8, 9, 10]]
+  assert row['source'] == [[3, 3, 1, 7, 8, 7]]
+  assert row['target'] == [[C1, R1, E, C2, E, R2]]
+  assert row['slot'] == [[0, 1, 1, 2, 2, 3]]
+  assert rows.slots_needed(four) == 10
+
+
+def test_rankings_share_a_row_with_their_rewards_and_costs():
+  groups = [
+    group([P1], [C1], [R1], [E], rewards=(2.0, 1.0, -1.5)),
+    group([P2], [C2], [R2], [E], rewards=(0.5, 0.25, 0.0)),
+    group([P3], [C1], [C2], [E], costs=(0.0, 1.0, 0.5)),
+  ]
+  row = literal(groups, [[2, 0], [1]], T=11, S=7, G=2, K=3)
+  assert row['tokens'] == [
+    [C2, P3, C1, P3, E, R1, P1, C1, P1, E, 0],
+    [R2, P2, C2, P2, E, 0, 0, 0, 0, 0, 0],
+  ]
+  assert row['lo'][0] == [0, 1, 1, 3, 3, 5, 6, 6, 8, 8, 10]
+  assert row['hi'][0] == [2, 2, 3, 4, 5, 7, 7, 8, 9, 10, 11]
+  assert row['source'] == [[1, 1, 3, 6, 6, 8, 0], [1, 1, 3, 0, 0, 0, 0]]
+  assert row['target'][0] == [C1, C2, E, C1, R1, E, 0]
+  assert row['slot'] == [[0, 1, 2, 3, 4, 5, -1], [0, 1, 2, -1, -1, -1, -1]]
+  assert row['group'] == [[2, 0], [1, -1]]
+  zeros = [0.0, 0.0, 0.0]
+  assert row['rewards'] == [[zeros, [2.0, 1.0, -1.5]], [[0.5, 0.25, 0], zeros]]
+  assert row['costs'] == [[[0.0, 1.0, 0.5], zeros], [zeros, zeros]]
+
+
+def test_a_mismatched_response_costs_no_second_prompt():
+  singles = [group([P1, P2], [C1, E]), group([P3], [R1, R2, E])]
+  made = partners.mismatched(singles)
+  row = literal(made, [[0]], T=7, S=5, G=1, K=2)
+  assert row['tokens'] == [[E, R2, R1, P1, P2, C1, E]]
+  assert row['hi'] == [[5, 5, 5, 4, 5, 6, 7]]
+  assert row['target'] == [[C1, E, R1, R2, E]]
+  assert row['slot'] == [[0, 0, 1, 1, 1]]
+  assert rows.slots_needed(made[0]) == rows.slots_needed(singles[0]) + 3
+
+
+@pytest.mark.parametrize('K', [1, 2, 3, 4, 5])
+def test_a_scored_token_is_predicted_from_the_prompt_and_what_came_before(K):
+  groups = worlds.make_groups(12, responses=K, seed=K)
+  members = rows.assign(
+    [rows.slots_needed(g) for g in groups],
+    [rows.scored_tokens(g) for g in groups],
+    row_length=120,
+    row_scored=80,
+  )
+  most = max(map(len, members))
+  assert most > 1
+  batch = layout(groups, members, T=120, S=80, G=most, K=K)
+  seen = 0
+  for r, s in np.argwhere(batch['slot'] >= 0):
+    g, k = divmod(int(batch['slot'][r, s]), K)
+    of = groups[batch['group'][r, g]]
+    t = int(np.sum(batch['slot'][r, :s] == batch['slot'][r, s]))
+    assert batch['target'][r, s] == of.responses[k][t]
+    source = batch['source'][r, s]
+    lo, hi = batch['lo'][r, source], batch['hi'][r, source]
+    assert lo <= source < hi
+    positions = batch['positions'][r, lo:hi]
+    order = np.argsort(positions)
+    np.testing.assert_array_equal(
+      positions[order], np.arange(len(of.prompt) + t)
+    )
+    assert batch['positions'][r, source] == len(of.prompt) + t - 1
+    np.testing.assert_array_equal(
+      batch['tokens'][r, lo:hi][order],
+      np.concatenate([of.prompt, of.responses[k][:t]]),
+    )
+    seen += 1
+  assert seen == sum(map(rows.scored_tokens, groups))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -78,6 +78,140 @@ def test_sft_drops_only_what_sft_cannot_use(tmp_path):
   assert report.splits['train'].dropped == {}
 
 
+def test_unpaired_counts_examples_and_files_count_rows(tmp_path):
+  rows = [
+    _pair('same', 'x', 'x'),
+    _pair('half', ' \n', 'x'),
+    _pair('q', 'a', 'b', p=0.75),
+    _pair('q', 'b', 'c', p=0.5),
+    {'prompt': 'q', 'response': 'a', 'label': 1},
+    {'prompt': 'q', 'response': 'b', 'label': True},
+    {'prompt': '', 'response': 'b', 'label': 1},
+    {'prompt': 'r', 'response': 'b', 'label': 0, 'responses': ['a']},
+  ]
+  _write(tmp_path / 'f.jsonl', rows)
+  splits, report = _read('jsonl', tmp_path, form='unpaired', held_out=0)
+  assert [(e['id'], e['response'], e['label']) for e in splits['train']] == [
+    ('f/1/rejected', 'x', 0.0),
+    ('f/2/chosen', 'a', 0.75),
+    ('f/2/rejected', 'b', 0.25),
+    ('f/3/chosen', 'b', 0.5),
+    ('f/3/rejected', 'c', 0.5),
+    ('f/4', 'a', 1.0),
+    ('f/5', 'b', 1.0),
+    ('f/7', 'b', 0.0),
+  ]
+  counts = report.splits['train']
+  assert (counts.read, counts.kept) == (12, 8)
+  assert counts.dropped == {
+    'identical responses': 2,
+    'empty response': 1,
+    'empty prompt': 1,
+  }
+  assert counts.noticed == {
+    'desirable': 3,
+    'undesirable': 3,
+    'exact duplicate': 1,
+    'same response, other label': 1,
+  }
+  assert report.rows_per_file == {'f.jsonl': 8}
+  assert report.unused_fields == {'responses': 1}
+  lines = str(report).splitlines()
+  assert 'file: f.jsonl, 8 rows' in lines
+  assert ['examples', 'train', 'total'] in [line.split() for line in lines]
+
+
+def test_both_halves_of_a_pair_are_on_one_side(tmp_path):
+  files = {
+    'hh': ('helpful-base.test.jsonl', lambda q, a: _dialogue(q, a, ' b')),
+    'tldr': ('batch3.json', lambda q, a: _comparison(q, None, title=a)),
+    'jsonl': ('f.jsonl', lambda q, a: _pair(q, a, 'b')),
+  }
+  for task, (name, row) in files.items():
+    rows = [row(f'q{i % 20}', f' a{i}') for i in range(40)]
+    _write(tmp_path / task / name, rows)
+    subsets = ('helpful-base',) if task == 'hh' else None
+    splits, report = _read(
+      task, tmp_path / task, form='unpaired', subsets=subsets
+    )
+    assert splits['train'] and splits['test']
+    assert not _prompts(splits['train']) & _prompts(splits['test'])
+    for examples in splits.values():
+      sides = [example['id'].rsplit('/', 1) for example in examples]
+      for name in {name for name, _ in sides}:
+        assert [name, 'chosen'] in sides and [name, 'rejected'] in sides
+    assert sum(counts.read for counts in report.splits.values()) == 80
+    assert sum(map(len, splits.values())) == 80
+
+
+def _ranking(prompt, *responses, **fields):
+  return {'prompt': prompt, 'responses': list(responses), **fields}
+
+
+def test_rankings_with_a_repeated_response_are_dropped_whole(tmp_path):
+  rows = [
+    _ranking('q', 'a', 'b', 'c'),
+    _ranking('q', 'a', 'b', 'c', rewards=[3, 2, 1], note=1),
+    _ranking('q', 'c', 'b', 'a'),
+    _ranking('q', 'a', 'b', 'a'),
+    _ranking('q', 'a', 'b', ' '),
+    _ranking(' ', 'a', 'b', 'c'),
+  ]
+  _write(tmp_path / 'f.jsonl', rows)
+  splits, report = _read('jsonl', tmp_path, form='rankings', held_out=0)
+  assert [e['id'] for e in splits['train']] == ['f/0', 'f/1', 'f/2']
+  counts = report.splits['train']
+  assert (counts.read, counts.kept) == (6, 3)
+  assert counts.dropped == {
+    'identical responses': 1,
+    'empty response': 1,
+    'empty prompt': 1,
+  }
+  assert counts.noticed == {'exact duplicate': 1}
+  assert report.unused_fields == {'note': 1}
+  # SFT learns the best response, whatever the others are.
+  splits, report = _read('jsonl', tmp_path, form='sft', held_out=0)
+  assert [e['response'] for e in splits['train']] == ['a', 'a', 'c', 'a', 'a']
+
+
+def test_rankings_of_different_lengths_are_one_error(tmp_path):
+  rows = [_ranking('q', *'abcd')] * 3 + [_ranking('q', *'ab')] * 2
+  _write(tmp_path / 'train.jsonl', rows)
+  _write(tmp_path / 'test.jsonl', [_ranking('q', *'abc')])
+  with pytest.raises(locations.SourceError) as caught:
+    _read('jsonl', tmp_path, form='rankings')
+  assert str(caught.value) == (
+    'all rankings need the same number of responses, but 2 rows have 2, 1 rows'
+    ' have 3, 3 rows have 4; cut each to 2, or make a data set of each number'
+  )
+
+
+def test_sft_leaves_undesirable_responses_out_and_counts_them(tmp_path):
+  rows = [
+    {'prompt': 'q', 'response': 'a', 'label': 1},
+    {'prompt': 'q', 'response': 'b', 'label': 0},
+    {'prompt': 'q', 'response': 'c'},
+  ]
+  _write(tmp_path / 'f.jsonl', rows)
+  splits, report = _read('jsonl', tmp_path, form='sft', held_out=0)
+  assert [e['response'] for e in splits['train']] == ['a', 'c']
+  counts = report.splits['train']
+  assert (counts.read, counts.kept) == (3, 2)
+  assert counts.dropped == {'undesirable response': 1}
+
+
+def test_rewards_that_contradict_the_label_are_noticed(tmp_path):
+  rows = [
+    _pair(f'{n}', chosen_reward=reward, rejected_reward=1)
+    for n, reward in enumerate([0, 1, 2])
+  ]
+  _write(tmp_path / 'f.jsonl', [*rows, _pair('none')])
+  _, report = _read('jsonl', tmp_path, held_out=0)
+  counts = report.splits['train']
+  assert counts.noticed == {'rejected has the higher reward': 1}
+  assert counts.kept == 4 and report.unused_fields == {}
+
+
 def test_own_split_is_by_prompt_and_does_not_move(tmp_path):
   rows = [_pair(f'q{i % 40}', f'a{i}') for i in range(120)]
   _write(tmp_path / 'one' / 'f.jsonl', rows)
@@ -278,6 +412,7 @@ def test_broken_archive_is_an_error(tmp_path):
     ('jsnol', {}, "unknown task 'jsnol'; did you mean 'jsonl'"),
     ('jsonl', {'form': 'pair'}, "did you mean 'pairs'"),
     ('imdb', {'form': 'pairs'}, 'unknown form of imdb'),
+    ('hh', {'form': 'rankings'}, 'unknown form of hh'),
     ('jsonl', {'held_out': 1.0}, r'must lie in \[0, 1\)'),
     ('imdb', {'form': 'sft'}, 'needs prompt_words'),
     ('jsonl', {'prompt_words': 3}, 'only for IMDb'),

@@ -128,6 +128,15 @@ def plan_steps(groups, steps, *, row_length, multiple):
       f'groups with {sorted(responses)} responses in one data set; a run'
       ' needs one number'
     )
+  for name, without in [
+    ('rewards', [group.id for group in groups if group.rewards is None]),
+    ('costs', [group.id for group in groups if group.costs is None]),
+  ]:
+    if 0 < len(without) < len(groups):
+      raise ValueError(
+        f'{len(without)} of {len(groups)} examples have no {name}, such as'
+        f' {without[0]!r}; give {name} to all of them or to none'
+      )
   slots = [rows.slots_needed(group) for group in groups]
   scored = [rows.scored_tokens(group) for group in groups]
   for group, need in zip(groups, slots):

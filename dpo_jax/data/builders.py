@@ -3,7 +3,7 @@
 A data set's folder is named by a digest of everything that decides its content
 (bytes of the source files, form, split, this code), so a stale one is never
 read; it appears under its name only when it is complete, report included.
-Numbers are stored as float32. No TensorFlow.
+Numbers are stored as float32, one that is absent (None) as NaN. No TensorFlow.
 """
 
 import collections.abc
@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import inspect
 import io
+import math
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -22,16 +23,31 @@ import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
 
+from dpo_jax.data import forms
 from dpo_jax.data import locations
 from dpo_jax.data import records
 from dpo_jax.data import reports
 from dpo_jax.data import sources
 
-_FEATURES = {
-  str: tfds.features.Text,
-  float: lambda: tfds.features.Scalar(np.float32),
-  bool: lambda: tfds.features.Scalar(np.bool_),
-  int: lambda: tfds.features.Scalar(np.int64),
+# How each type of `forms.FIELDS` is stored, and how it is read.
+_STORED = {
+  str: (tfds.features.Text(), bytes.decode),
+  float: (tfds.features.Scalar(np.float32), float),
+  bool: (tfds.features.Scalar(np.bool_), bool),
+  int: (tfds.features.Scalar(np.int64), int),
+  float | None: (
+    tfds.features.Scalar(np.float32),
+    lambda x: None if math.isnan(x) else float(x),
+  ),
+  list[str]: (
+    tfds.features.Sequence(tfds.features.Text()),
+    lambda x: [*map(bytes.decode, x)],
+  ),
+  list[float]: (
+    tfds.features.Sequence(np.float32),
+    lambda x: [*map(float, x)],
+  ),
+  list[bool]: (tfds.features.Sequence(np.bool_), lambda x: [*map(bool, x)]),
 }
 # What a fetch of many rows at once reads.
 _READ_ROWS = 1024
@@ -57,11 +73,11 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     super().__init__(file_format='array_record', **keywords)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    fields = records.FIELDS[self.request.form]
+    fields = forms.FIELDS[self.request.form]
     return tfds.core.DatasetInfo(
       builder=self,
       features=tfds.features.FeaturesDict(
-        {name: _FEATURES[kind]() for name, kind in fields.items()}
+        {name: _STORED[kind][0] for name, kind in fields.items()}
       ),
       metadata=tfds.core.MetadataDict(),
       # The files' order; shuffling is the training run's business.
@@ -86,7 +102,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _generate_examples(self, split, examples):
     description = f'{self.name}/{split}'
-    yield from enumerate(tqdm.tqdm(examples, description, leave=False))
+    for n, example in enumerate(tqdm.tqdm(examples, description, leave=False)):
+      yield n, {k: math.nan if v is None else v for k, v in example.items()}
 
 
 class Hh(_Builder):
@@ -113,7 +130,7 @@ class Examples(collections.abc.Sequence):
 
   def __init__(self, source, form: str):
     self._source = source
-    self._names = list(records.FIELDS[form])
+    self._fields = forms.FIELDS[form]
 
   def __len__(self) -> int:
     return len(self._source)
@@ -131,11 +148,10 @@ class Examples(collections.abc.Sequence):
 
   def _read(self, indices) -> list[dict]:
     rows = self._source.__getitems__(list(indices)) if indices else []
-    return [{n: _to_python(row[n]) for n in self._names} for row in rows]
-
-
-def _to_python(value):
-  return value.decode() if isinstance(value, bytes) else value
+    return [
+      {name: _STORED[kind][1](row[name]) for name, kind in self._fields.items()}
+      for row in rows
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +175,10 @@ def load(
   """Opens a task's data set, building it first where it is not in the cache.
 
   task: 'hh', 'tldr', 'imdb' or 'jsonl'. source: 'official', a folder or a file.
-  form: 'pairs', 'sft' or, for IMDb, 'reviews'. held_out: the fraction of
-  prompts to hold out where the source has no split of its own. subsets: HH's
-  subsets, or file names without suffix; None for all. prompt_words: the words
-  of an IMDb review that make the prompt of its SFT form.
+  form: one of `records.TASKS[task].forms`. held_out: the fraction of prompts to
+  hold out where the source has no split of its own. subsets: HH's subsets, or
+  file names without suffix; None for all. prompt_words: the words of an IMDb
+  review that make the prompt of its SFT form.
   """
   sources.check_arguments(
     task, form=form, held_out=held_out, prompt_words=prompt_words
@@ -200,7 +216,7 @@ def _digest(task: str, request: _Request) -> str:
   own = inspect.getmodule(_Builder)
   code = [
     inspect.getsource(module)
-    for module in (locations, records, reports, sources, own)
+    for module in (locations, forms, records, reports, sources, own)
   ]
   parts = (
     task,

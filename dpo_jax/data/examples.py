@@ -13,34 +13,46 @@ its tail, a response its head. Both limits count BOS and EOS.
 import collections
 import dataclasses
 import itertools
+from collections.abc import Callable
 from collections.abc import Iterable
 
 import numpy as np
 
+from dpo_jax import rewards
 from dpo_jax.data import reports
 
-_RESPONSES = {
-  'pairs': (('chosen', 'chosen_ended'), ('rejected', 'rejected_ended')),
-  'sft': (('response', 'ended'),),
-}
+# The forms that have tokens, and the field that becomes a group's `p`.
+_LABELS = {'pairs': 'p', 'sft': None, 'unpaired': 'label', 'rankings': None}
 # Examples that are encoded at once.
 _CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """A prompt and its responses as int32 tokens; chosen comes first."""
+  """A prompt and its responses as int32 tokens; chosen, or the best, first.
+
+  p: for a pair the probability that chosen is really preferred, for a single
+  response the probability that it is desirable; else 1.
+  rewards: one a response, falling in a ranking; None where the data has none.
+  costs: constraint scores in [0, 1], one a response; None where none are asked
+  for.
+  """
 
   prompt: np.ndarray
   responses: tuple[np.ndarray, ...]
   weight: float
   p: float
   id: str
+  rewards: tuple[float, ...] | None = None
+  costs: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenReport:
-  """What tokenization did; `truncated` and `lengths` count kept groups."""
+  """What tokenization did; `truncated` and `lengths` are of kept groups.
+
+  Both have a part for the prompt and for each response.
+  """
 
   read: int
   kept: int
@@ -77,35 +89,54 @@ def tokenize(
   max_prompt_tokens: int,
   max_response_tokens: int,
   form: str,
+  cost: Callable | None = None,
 ) -> tuple[list[Group], TokenReport]:
-  """Turns examples of the form 'pairs' or 'sft' into groups, and reports."""
+  """Turns examples of a form into groups, and reports.
+
+  Args:
+    examples: of the form 'pairs', 'sft', 'unpaired' or 'rankings'.
+    tokenizer: of the model.
+    max_prompt_tokens: limit of a prompt.
+    max_response_tokens: limit of each response.
+    form: what the examples are.
+    cost: (prompts, responses) -> float array in [0, 1], a constraint score of
+      whole texts (see `rewards.CONSTRAINTS`); None for groups without costs.
+  """
   for name, limit in (
     ('max_prompt_tokens', max_prompt_tokens),
     ('max_response_tokens', max_response_tokens),
   ):
     if limit < 1:
       raise ValueError(f'{name} is {limit}, it must be at least 1')
-  if form not in _RESPONSES:
-    raise ValueError(f'form {form!r} has no tokens, use one of {[*_RESPONSES]}')
-  parts = ('prompt', *(name for name, _ in _RESPONSES[form]))
+  if form not in _LABELS:
+    raise ValueError(f'form {form!r} has no tokens, use one of {[*_LABELS]}')
+  examples = iter(examples)
+  first = next(examples, None)
+  parts = ('prompt', *_names(first, form))
+  examples = itertools.chain([] if first is None else [first], examples)
   groups, read = [], 0
   dropped, truncated = collections.Counter(), collections.Counter()
-  examples = iter(examples)
   while chunk := list(itertools.islice(examples, _CHUNK)):
     read += len(chunk)
-    encoded = [
-      tokenizer.encode_batch([example[part] for example in chunk])
-      for part in parts
+    answers = [_answers(example, form, len(parts) - 1) for example in chunk]
+    prompts = [example['prompt'] for example in chunk]
+    encoded = [tokenizer.encode_batch(prompts)]
+    encoded += [
+      tokenizer.encode_batch([text for text, _ in column])
+      for column in zip(*answers)
     ]
-    for example, prompt, *responses in zip(chunk, *encoded, strict=True):
+    costs = _costs(cost, prompts, answers)
+    for example, answer, scores, prompt, *responses in zip(
+      chunk, answers, costs, *encoded, strict=True
+    ):
       reason = _unusable(prompt, responses, tokenizer)
       prompt, cut = fit_prompt(prompt, tokenizer, max_prompt_tokens)
       fitted = [
-        _fit_response(tokens, example[ended], tokenizer, max_response_tokens)
-        for tokens, (_, ended) in zip(responses, _RESPONSES[form])
+        _fit_response(tokens, ended, tokenizer, max_response_tokens)
+        for tokens, (_, ended) in zip(responses, answer)
       ]
       responses = [tokens for tokens, _ in fitted]
-      if not reason and form == 'pairs' and responses[0] == responses[1]:
+      if not reason and len({*map(tuple, responses)}) < len(responses):
         reason = 'responses identical in tokens'
       if reason:
         dropped[reason] += 1
@@ -118,8 +149,10 @@ def tokenize(
           prompt=np.asarray(prompt, np.int32),
           responses=tuple(np.asarray(r, np.int32) for r in responses),
           weight=example['weight'],
-          p=example['p'] if form == 'pairs' else 1.0,
+          p=example[_LABELS[form]] if _LABELS[form] else 1.0,
           id=example['id'],
+          rewards=_rewards(example, form),
+          costs=scores,
         )
       )
   report = TokenReport(
@@ -130,6 +163,49 @@ def tokenize(
     lengths=_lengths(groups, parts),
   )
   return groups, report
+
+
+def _names(example: dict | None, form: str) -> list[str]:
+  """What the report calls the responses of an example."""
+  if form == 'pairs':
+    return ['chosen', 'rejected']
+  if form == 'rankings':
+    number = len(example['responses']) if example else 0
+    return [f'response {n}' for n in range(1, number + 1)]
+  return ['response']
+
+
+def _answers(example: dict, form: str, number: int) -> list[tuple[str, bool]]:
+  """Returns the responses of an example: (text, whether it ended)."""
+  if form == 'pairs':
+    return [(example[s], example[f'{s}_ended']) for s in ('chosen', 'rejected')]
+  if form != 'rankings':
+    return [(example['response'], example['ended'])]
+  if len(example['responses']) != number:
+    raise ValueError(
+      f'example {example["id"]!r} has {len(example["responses"])} responses,'
+      f' the first one {number}; cut all to one number'
+    )
+  return list(zip(example['responses'], example['ended'], strict=True))
+
+
+def _rewards(example: dict, form: str) -> tuple[float, ...] | None:
+  if form == 'pairs' and example['chosen_reward'] is not None:
+    return example['chosen_reward'], example['rejected_reward']
+  if form == 'rankings' and example['rewards']:
+    return tuple(example['rewards'])
+  return None
+
+
+def _costs(cost, prompts, answers) -> list[tuple[float, ...] | None]:
+  """Scores the responses of each example."""
+  if cost is None:
+    return [None] * len(prompts)
+  columns = [
+    rewards.score_constraint(cost, prompts, [text for text, _ in column])
+    for column in zip(*answers)
+  ]
+  return [tuple(map(float, values)) for values in zip(*columns)]
 
 
 def _unusable(prompt, responses, tokenizer) -> str | None:
@@ -148,6 +224,21 @@ def fit_prompt(
   room = limit - len(bos)
   # Not tokens[-room:], which would keep everything where there is no room.
   return bos + tokens[max(len(tokens) - room, 0) :], len(tokens) > room
+
+
+def drop_ties(groups: list[Group]) -> tuple[list[Group], int]:
+  """Drops groups with two equal rewards: (those that are left, how many not).
+
+  For losses that need a strict order. Equal is equal in float32, as the losses
+  see rewards; groups without rewards are in order as they are.
+  """
+  kept = [
+    group
+    for group in groups
+    if group.rewards is None
+    or len({*map(np.float32, group.rewards)}) == len(group.rewards)
+  ]
+  return kept, len(groups) - len(kept)
 
 
 def _fit_response(tokens, ended, tokenizer, limit) -> tuple[list[int], bool]:

@@ -1,7 +1,8 @@
 """What was read, kept, dropped and noticed, and how it prints.
 
 A report is honest when its numbers add up: in every split `read` equals `kept`
-plus everything under `dropped`. What is under `noticed` was kept.
+plus everything under `dropped`. What is under `noticed` was kept. Files are
+counted in rows, the rest in examples: a pair is two of the form 'unpaired'.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """Rows of one split."""
+  """Examples of one split."""
 
   read: int
   kept: int
@@ -59,7 +60,7 @@ class Report:
         for reason in reasons
       ]
 
-    table = [('rows', *self.splits, 'total')]
+    table = [('examples', *self.splits, 'total')]
     table += [row('read', [c.read for c in counts])]
     table += rows('dropped', [c.dropped for c in counts])
     table += [row('kept', [c.kept for c in counts])]

@@ -109,8 +109,8 @@ def fill(groups, members, *, row_length, row_scored, row_groups, responses):
     Dict of numpy arrays: `tokens positions lo hi` int32 [R, T]; `source
     target slot` int32 [R, S] (padding: slot -1, source and target 0);
     `weight p` float32 and `mask` bool [R, G]; `group` int32 [R, G] (number
-    into `groups`, padding -1). Padding slots hold token 0 and attend to
-    themselves.
+    into `groups`, padding -1); `rewards costs` float32 [R, G, K], 0 where a
+    group has none. Padding slots hold token 0 and attend to themselves.
   """
   R, T, S, G, K = len(members), row_length, row_scored, row_groups, responses
   itself = np.tile(np.arange(T, dtype=np.int32), (R, 1))
@@ -126,6 +126,8 @@ def fill(groups, members, *, row_length, row_scored, row_groups, responses):
     'p': np.ones((R, G), np.float32),
     'mask': np.zeros((R, G), bool),
     'group': np.full((R, G), -1, np.int32),
+    'rewards': np.zeros((R, G, K), np.float32),
+    'costs': np.zeros((R, G, K), np.float32),
   }
   for r, numbers in enumerate(members):
     row = {name: array[r] for name, array in batch.items()}
@@ -134,6 +136,9 @@ def fill(groups, members, *, row_length, row_scored, row_groups, responses):
       group = groups[number]
       row['weight'][g], row['p'][g] = group.weight, group.p
       row['mask'][g], row['group'][g] = True, number
+      for name, values in [('rewards', group.rewards), ('costs', group.costs)]:
+        if values is not None:
+          row[name][g] = values
       for k in range(0, K, 2):
         right = group.responses[k]
         left = group.responses[k + 1] if k + 1 < K else right[:0]

@@ -1,7 +1,8 @@
 """From raw files to splits of examples and an honest account of them.
 
 Nothing is silent: bad rows are all listed in one error before anything is
-written; dropped rows are counted by reason; how the split was made is said.
+written; what is dropped is counted by reason; how the split was made is said.
+What is counted is examples: a row is one, but a pair is two unpaired ones.
 Rows of one prompt (HH: one conversation, TL;DR: one post) never meet on both
 sides of a split that we made; where an official split shares some, they are
 counted, and IMDb's reviews that are also in test leave train.
@@ -11,6 +12,7 @@ import collections
 import hashlib
 
 from dpo_jax import names
+from dpo_jax.data import forms
 from dpo_jax.data import locations
 from dpo_jax.data import records
 from dpo_jax.data import reports
@@ -20,8 +22,8 @@ def check_arguments(
   task: str, *, form: str, held_out: float, prompt_words: int | None
 ) -> None:
   """Raises if the task has no such form, or an argument makes no sense."""
-  forms = names.look_up(records.TASKS, 'task', task).forms
-  names.look_up(dict.fromkeys(forms), f'form of {task}', form)
+  choices = names.look_up(records.TASKS, 'task', task).forms
+  names.look_up(dict.fromkeys(choices), f'form of {task}', form)
   if not 0.0 <= held_out < 1.0:
     raise locations.SourceError(f'held_out {held_out} must lie in [0, 1)')
   if task == 'imdb' and form == 'sft':
@@ -83,7 +85,6 @@ def read(
 def _read_rows(task, files, form):
   """Parses all rows, or raises one error that lists all that is bad."""
   parse = records.TASKS[task].parse
-  expected = {*records.FIELDS['pairs'], *records.FIELDS['sft']}
   rows, rows_per_file, bad = [], {}, []
   unused = collections.Counter()
   for file in files:
@@ -93,10 +94,10 @@ def _read_rows(task, files, form):
     for line, row in reader(file, bad):
       try:
         rows.append(parse(row, file, line, form))
-      except records.BadRow as error:
+      except forms.BadRow as error:
         bad.append(f'{file.path}:{line}: {error}')
       if task == 'jsonl':
-        unused.update(row.keys() - expected)
+        unused.update(row.keys() - forms.fields_read(form))
     rows_per_file[file.name] = len(rows) + len(bad) - before
     if not rows_per_file[file.name]:
       bad.append(f'{file.path}: the file is empty, it holds no row')
@@ -106,7 +107,20 @@ def _read_rows(task, files, form):
       f'{len(bad):,} bad rows, nothing was written; mend or remove them:\n'
       f'  {listing}'
     )
+  if form == 'rankings':
+    _check_numbers([len(row.example['responses']) for row in rows])
   return rows, rows_per_file, dict(sorted(unused.items()))
+
+
+def _check_numbers(numbers):
+  """Raises if not all rankings have the same number of responses."""
+  counts = sorted(collections.Counter(numbers).items())
+  if len(counts) > 1:
+    said = ', '.join(f'{rows:,} rows have {number}' for number, rows in counts)
+    raise locations.SourceError(
+      f'all rankings need the same number of responses, but {said}; cut each '
+      f'to {counts[0][0]}, or make a data set of each number'
+    )
 
 
 def _group(keys: list[tuple[str, ...]]) -> list[str]:
@@ -160,48 +174,82 @@ def _sides(task, rows, groups, held_out) -> tuple[list[str], str]:
   return ['test' if group in test else 'train' for group in groups], rule
 
 
-def _drop_reason(example: dict, form: str) -> str | None:
+def _responses(example: dict, form: str) -> list[str]:
   if form == 'reviews':
-    return None if example['text'].strip() else 'empty text'
-  names = ('chosen', 'rejected') if form == 'pairs' else ('response',)
+    return [example['text']]
+  if form == 'pairs':
+    return [example['chosen'], example['rejected']]
+  return example['responses'] if form == 'rankings' else [example['response']]
+
+
+def _repeats(row: dict, form: str) -> bool:
+  """Whether a row compares a response with itself, which says nothing."""
+  if form in ('pairs', 'unpaired') and 'chosen' in row:
+    return row['chosen'] == row['rejected']
+  return form == 'rankings' and len({*row['responses']}) < len(row['responses'])
+
+
+def _drop_reason(example: dict, form: str, *, repeats: bool) -> str | None:
+  blank = [not text.strip() for text in _responses(example, form)]
+  if form == 'reviews':
+    return 'empty text' if any(blank) else None
   if not example['prompt'].strip():
     return 'empty prompt'
-  if not all(example[name].strip() for name in names):
+  if any(blank):
     return 'empty response'
-  if form == 'pairs' and example['chosen'] == example['rejected']:
-    return 'identical responses'
-  return None
+  return 'identical responses' if repeats else None
 
 
 def _filter(task, rows, *, split, form, prompt_words):
-  """Drops what cannot be learned from and counts it.
+  """Makes examples of rows, drops what cannot be learned from and counts it.
 
-  `rows` holds (example, whether the other split has its group too).
+  `rows` holds (the row's example, whether the other split has its group too).
   """
-  kept, seen = [], set()
+  kept, read, seen = [], 0, set()
   dropped, noticed = collections.Counter(), collections.Counter()
   unit = records.TASKS[task].unit
-  for example, shared in rows:
-    if task == 'imdb' and split == 'train' and shared:
-      dropped['text also in test'] += 1
-      continue
-    if task == 'imdb' and form == 'sft':
-      example = records.review_to_sft(example, prompt_words=prompt_words)
-    reason = _drop_reason(example, form)
-    if reason:
-      dropped[reason] += 1
-      continue
-    kept.append(example)
-    if task != 'imdb':  # There the shared rows have left train.
-      noticed[f'{unit} also in train'] += split == 'test' and shared
-    texts = tuple(v for k, v in example.items() if type(v) is str and k != 'id')
-    noticed['exact duplicate'] += texts in seen
-    if form == 'pairs':
-      noticed['same pair, other label'] += (texts[0], *texts[:0:-1]) in seen
-    seen.add(texts)
-    if task == 'hh':
-      turns = ('\n\nHuman:', records.HH_MARKER)
-      further = any(turn in text for text in texts[1:] for turn in turns)
-      noticed['response holds further turns'] += further
+  for row, shared in rows:
+    made = forms.of_form(row, form, prompt_words=prompt_words)
+    read += len(made) or 1
+    if not made:
+      dropped['undesirable response'] += 1
+    for example in made:
+      reason = _drop_reason(example, form, repeats=_repeats(row, form))
+      if task == 'imdb' and split == 'train' and shared:
+        reason = 'text also in test'
+      if reason:
+        dropped[reason] += 1
+        continue
+      kept.append(example)
+      if task != 'imdb':  # There the shared rows have left train.
+        noticed[f'{unit} also in train'] += split == 'test' and shared
+      noticed.update(_notices(task, example, form, seen))
   noticed = {name: count for name, count in noticed.items() if count}
-  return kept, reports.Counts(len(rows), len(kept), dict(dropped), noticed)
+  return kept, reports.Counts(read, len(kept), dict(dropped), noticed)
+
+
+def _notices(task, example, form, seen) -> list[str]:
+  """Says what is worth counting; `seen` collects the examples before it."""
+  found = []
+  prompt, responses = example.get('prompt', ''), _responses(example, form)
+  side = None
+  if form == 'unpaired' and example['label'] != 0.5:
+    side = 'desirable' if example['label'] > 0.5 else 'undesirable'
+    found.append(side)
+    other = {'desirable', 'undesirable'} - {side}
+    if (prompt, *responses, *other) in seen:
+      found.append('same response, other label')
+  if (prompt, *responses, side) in seen:
+    found.append('exact duplicate')
+  if form == 'pairs':
+    if (prompt, *responses[::-1], side) in seen:
+      found.append('same pair, other label')
+    rewards = example['chosen_reward'], example['rejected_reward']
+    if None not in rewards and rewards[0] < rewards[1]:
+      found.append('rejected has the higher reward')
+  seen.add((prompt, *responses, side))
+  if task == 'hh':
+    turns = ('\n\nHuman:', records.HH_MARKER)
+    if any(turn in text for text in responses for turn in turns):
+      found.append('response holds further turns')
+  return found
