@@ -4,6 +4,7 @@ Needs torch and TRL, which nothing else here does:
   pip install torch==2.13.0
   pip install trl==1.16.0 peft 'transformers==5.*'
   python tests/golden/make_runs.py
+make_family.py, which needs the same, writes the runs of TRL's other losses.
 
 Two runs are TRL's own DPOTrainer on text of made-up words. Nothing of it is
 patched: a subclass notes down each batch and its loss, in whatever order the
@@ -122,8 +123,8 @@ def make_models(args):
   return policy, ref
 
 
-def make_pairs(args):
-  """Returns ragged (prompt, chosen, rejected), lists of ids, for two epochs."""
+def make_pairs(args, count):
+  """Returns ragged (prompt, chosen, rejected), lists of ids."""
   random = np.random.default_rng(args['seed'])
 
   def draw(low, high):
@@ -131,8 +132,26 @@ def make_pairs(args):
 
   return [
     tuple(x.tolist() for x in (draw(1, 12), draw(0, 15), draw(0, 15)))
-    for _ in range(STEPS * B // 2)
+    for _ in range(count)
   ]
+
+
+def write_models(folder, policy, ref):
+  for part, model in (('policy0', policy), ('ref', ref)):
+    model.save_pretrained(folder / part)
+    (folder / part / 'generation_config.json').unlink(missing_ok=True)
+    (folder / part / 'model.safetensors').chmod(0o644)
+
+
+def write_batches(folder, batches):
+  np.savez_compressed(
+    folder / 'batches.npz',
+    **{
+      f'{s}/{key}': array.astype(np.int32)
+      for s, batch in enumerate(batches)
+      for key, array in batch.items()
+    },
+  )
 
 
 # --- TRL ---------------------------------------------------------------------
@@ -149,6 +168,50 @@ def make_tokenizer(vocab):
   return transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer, eos_token=names[EOS], pad_token=names[PAD]
   )
+
+
+def text(ids):
+  return ''.join(f' w{i}' for i in ids)
+
+
+def make_rows(pairs):
+  """Returns TRL's form of make_pairs."""
+  return [
+    dict(prompt=text(x).strip(), chosen=text(y), rejected=text(z))
+    for x, y, z in pairs
+  ]
+
+
+def make_config(config_class, args, folder, **changes):
+  """Returns a config of any of TRL's trainers: float32 and CPU, no extras."""
+  return config_class(
+    output_dir=folder,
+    per_device_train_batch_size=args['batch'],
+    max_steps=args['steps'],
+    learning_rate=args['lr'],
+    lr_scheduler_type='constant_with_warmup',
+    warmup_steps=args['lr_warmup'],
+    optim=args['optim'],
+    weight_decay=0.0,
+    max_grad_norm=args['max_grad_norm'],
+    seed=args['seed'],
+    logging_steps=1,
+    save_strategy='no',
+    report_to='none',
+    disable_tqdm=True,
+    gradient_checkpointing=False,
+    bf16=False,
+    use_cpu=True,
+    **changes,
+  )
+
+
+def train(trainer):
+  """Runs a trainer and returns its unclipped gradient norms."""
+  trainer.train()
+  return [
+    log['grad_norm'] for log in trainer.state.log_history if 'grad_norm' in log
+  ]
 
 
 class Recorder(trl.DPOTrainer):
@@ -171,47 +234,17 @@ class Recorder(trl.DPOTrainer):
 
 def run_trl(args, policy, ref, pairs):
   """Returns (batches, losses, margins, gradient norms)."""
-
-  def text(ids):
-    return ''.join(f' w{i}' for i in ids)
-
-  rows = [
-    dict(prompt=text(x).strip(), chosen=text(y), rejected=text(z))
-    for x, y, z in pairs
-  ]
   with tempfile.TemporaryDirectory() as folder:
-    config = trl.DPOConfig(
-      output_dir=folder,
-      per_device_train_batch_size=B,
-      max_steps=STEPS,
-      loss_type=args['loss'],
-      beta=args['beta'],
-      learning_rate=args['lr'],
-      lr_scheduler_type='constant_with_warmup',
-      warmup_steps=args['lr_warmup'],
-      optim=args['optim'],
-      weight_decay=0.0,
-      max_grad_norm=args['max_grad_norm'],
-      seed=args['seed'],
-      logging_steps=1,
-      save_strategy='no',
-      report_to='none',
-      disable_tqdm=True,
-      gradient_checkpointing=False,
-      bf16=False,
-      use_cpu=True,
-    )
     trainer = Recorder(
       model=policy,
       ref_model=ref,
-      args=config,
-      train_dataset=datasets.Dataset.from_list(rows),
+      args=make_config(
+        trl.DPOConfig, args, folder, loss_type=args['loss'], beta=args['beta']
+      ),
+      train_dataset=datasets.Dataset.from_list(make_rows(pairs)),
       processing_class=make_tokenizer(args['vocab']),
     )
-    trainer.train()
-  norms = [
-    log['grad_norm'] for log in trainer.state.log_history if 'grad_norm' in log
-  ]
+    norms = train(trainer)
   return *zip(*trainer.recorded), norms
 
 
@@ -278,26 +311,19 @@ def run_torch(args, policy, ref, pairs):
 
 def main():
   torch.set_num_threads(1)
-  for name, args in RUNS.items():
+  for name, own in RUNS.items():
     folder = HERE / name
+    args = COMMON | own
     policy, ref = make_models(args)
-    for part, model in (('policy0', policy), ('ref', ref)):
-      model.save_pretrained(folder / part)
-      (folder / part / 'generation_config.json').unlink(missing_ok=True)
-      (folder / part / 'model.safetensors').chmod(0o644)
+    write_models(folder, policy, ref)
     by_trl = args['optim'] != 'rmsprop'
     run = run_trl if by_trl else run_torch
-    batches, losses, margins, norms = run(args, policy, ref, make_pairs(args))
+    # Half as many pairs as are drawn: two epochs.
+    pairs = make_pairs(args, STEPS * B // 2)
+    batches, losses, margins, norms = run(args, policy, ref, pairs)
     assert len(losses) == len(norms) == STEPS
     assert args['max_grad_norm'] < max(norms), norms  # Clipping matters.
-    np.savez_compressed(
-      folder / 'batches.npz',
-      **{
-        f'{s}/{key}': array.astype(np.int32)
-        for s, batch in enumerate(batches)
-        for key, array in batch.items()
-      },
-    )
+    write_batches(folder, batches)
     metrics = dict(
       impl='trl' if by_trl else 'torch',
       torch=torch.__version__,
@@ -307,7 +333,7 @@ def main():
       loss=losses,
       margin=margins,
       grad_norm=norms,
-      args=COMMON | args,
+      args=args,
     )
     (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
 
