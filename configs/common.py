@@ -6,9 +6,9 @@ A config file's `get_config(arg)` gets what stands behind the colon:
 
 import ml_collections
 
-from dpo_jax import losses
 from dpo_jax import names
 from dpo_jax import optim
+from dpo_jax.losses import table
 
 MODELS = {
   # A real model from the package index; see `runs.PACKAGES`.
@@ -40,9 +40,20 @@ OPTIM = {
 }
 
 
-def pick(table, kind, name):
-  """Returns a copy of `table[name]`; a wrong name shows the nearest one."""
-  return dict(names.look_up(table, kind, name))
+REFERENCE = {
+  'frozen': dict(mode='frozen'),  # a second copy of the weights
+  # Log-probs computed once, in a folder; '' is the user's cache.
+  'cached': dict(mode='cached', cache_dir=''),
+  # TR-DPO: every so many steps the reference becomes alpha policy + (1 -
+  # alpha) reference; alpha 1 is its hard update.
+  'ema': dict(mode='ema', alpha=0.6, every=512),
+  'none': dict(mode='none'),
+}
+
+
+def pick(options, kind, name):
+  """Returns a copy of `options[name]`; a wrong name shows the nearest one."""
+  return dict(names.look_up(options, kind, name))
 
 
 def parse(arg, **defaults):
@@ -53,11 +64,6 @@ def parse(arg, **defaults):
     names.look_up(defaults, 'config argument', name)
     values[name] = value if equals else True
   return values
-
-
-def loss_section(name):
-  """`config.loss`: its name and its keywords, with the loss's defaults."""
-  return dict(name=name, **losses.get(name).defaults)
 
 
 def optim_section(name):
@@ -74,8 +80,13 @@ def training(arg):
   """The config of one training run.
 
   Args:
-    arg: dict of `parse` with data, loss, model, optim and debug.
+    arg: dict of `parse` with data, loss, reference, model, optim and debug.
   """
+  loss = table.section(arg['loss'])
+  reference = arg['reference']
+  if reference == 'auto':
+    needed = any(table.get(name).reference for name in loss)
+    reference = 'frozen' if needed else 'none'
   config = ml_collections.ConfigDict()
   config.seed = 0  # of the data order and of sampling
   config.num_steps = 0  # updates; 0: as many as `epochs` needs
@@ -96,18 +107,16 @@ def training(arg):
 
   config.data = pick(DATA, 'data set', arg['data'])
   config.data.source = 'official'  # or a local folder or file
+  config.data.form = table.common_forms(loss)[0]  # pairs, rankings, ...
+  config.data.constraint = 'none'  # or a name of rewards.CONSTRAINTS: costs
   config.data.cache_dir = ''  # of prepared data; '' is the user's cache
   config.data.held_out = 0.1  # share of prompts kept out, if there is no test
   config.data.max_prompt_tokens = 256  # a longer prompt keeps its tail
   config.data.max_response_tokens = 256  # a longer response keeps its head
   config.data.row_length = 1024  # T, token slots of a row
 
-  config.loss = loss_section(arg['loss'])
-  needs_reference = losses.get(arg['loss']).reference
-  config.reference = dict(
-    mode='frozen' if needs_reference else 'none',  # frozen | cached | none
-    cache_dir='',  # of cached log-probs; '' is the user's cache
-  )
+  config.loss = loss  # {name: its options}, summed
+  config.reference = pick(REFERENCE, 'reference', reference)
   config.optim = optim_section(arg['optim'])
   config.checkpoint = dict(every=200, keep=2)  # steps; newest ones kept
   config.eval = dict(
@@ -124,6 +133,7 @@ def training(arg):
     top_p=1.0,
     batch_size=32,  # sampled at once
     reward='none',  # a name of rewards.REWARDS
+    cost='none',  # a name of rewards.CONSTRAINTS
   )
   if arg['debug']:
     shrink(config)

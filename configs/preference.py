@@ -4,8 +4,10 @@
         --config=configs/preference.py:data=hh,loss=dpo,model=smollm2-135m
 
 Arguments behind the colon, with what they may be:
-  data: hh, tldr, jsonl        loss: a pairwise name of dpo_jax/losses.py
+  data: hh, tldr, jsonl        loss: a name of docs/losses.md, or a sum of
+                               them, such as dpo+sft
   model: common.MODELS         optim: rmsprop (the DPO paper's), adamw
+  reference: frozen, cached, ema, none; auto: frozen if the loss has one
   debug: two steps of a tiny random model, seconds on a CPU
 """
 
@@ -19,6 +21,7 @@ def get_config(arg=''):
       data='hh',
       loss='dpo',
       model='smollm2-135m',
+      reference='auto',
       optim='rmsprop',
       debug=False,
     )

@@ -20,6 +20,7 @@ def get_config(arg=''):
   config.rounds = 1  # each starts from, and refers to, the last one's policy
   config.prompts = 'openings'  # or a JSON file {'train': [...], 'test': [...]}
   config.reward = 'vader'  # a name of rewards.REWARDS; ranks the completions
+  config.constraint = dict(name='none')  # see configs/constrained.py
   config.sampling = dict(
     samples_per_prompt=8,
     pairs_per_prompt=3,  # best with worst, second best with second worst...
@@ -34,6 +35,7 @@ def get_config(arg=''):
       data='jsonl',
       loss='dpo',
       model='smollm2-135m',
+      reference='frozen' if arg['debug'] else 'cached',
       optim='adamw',
       debug=arg['debug'],
     )
@@ -46,7 +48,8 @@ def get_config(arg=''):
   # Set by the loop: the round's pairs, the held-out prompts, and so on.
   train.seed = -1
   train.data.source = ''
-  train.eval.samples.prompts = train.eval.samples.reward = ''
+  samples = train.eval.samples
+  samples.prompts = samples.reward = samples.cost = ''
   if arg['debug']:
     config.reward = 'length'
     train.data.row_length = 1024
@@ -55,7 +58,6 @@ def get_config(arg=''):
     config.sampling.max_new_tokens = 4
     train.data.max_prompt_tokens = 64
     return config.lock()
-  train.reference.mode = 'cached'
   train.batch_size = 16
   train.epochs = 1.0
   train.log_every = 1
@@ -64,8 +66,8 @@ def get_config(arg=''):
   train.optim.warmup_init = 1 / 3
   train.checkpoint.every = 0  # only the last
   train.eval.every = 3
-  train.eval.samples.num_prompts = 32
-  train.eval.samples.samples_per_prompt = 2
-  train.eval.samples.max_new_tokens = 32
-  train.eval.samples.batch_size = 64
+  samples.num_prompts = 32
+  samples.samples_per_prompt = 2
+  samples.max_new_tokens = 32
+  samples.batch_size = 64
   return config.lock()

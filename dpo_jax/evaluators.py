@@ -16,22 +16,10 @@ from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import examples
 
-_COUNTS = ('groups', 'scored_tokens')
-
 
 def means(totals):
-  """Sums over groups (see `objectives.make_sums`) -> means per group.
-
-  `nll_tokens` becomes `token_nll`, the mean per scored token.
-  """
-  out = {
-    name: value / totals['groups']
-    for name, value in totals.items()
-    if name not in (*_COUNTS, 'nll_tokens')
-  }
-  if 'nll_tokens' in totals:
-    out['token_nll'] = totals['nll_tokens'] / totals['scored_tokens']
-  return out
+  """{name: (sum, count)} of `objectives.make_sums` -> {name: mean}."""
+  return {name: value / count for name, (value, count) in totals.items()}
 
 
 def make_heldout(sums, plan, mesh, *, ref_values):
@@ -43,25 +31,27 @@ def make_heldout(sums, plan, mesh, *, ref_values):
     mesh: devices.
     ref_values: cached reference log-probs of `plan.groups`, or None.
 
-  The evaluator takes (params, ref_params) and adds `rewards/accuracy_se`, the
-  binomial standard error, to the means.
+  The evaluator takes (params, ref_params, memory) and adds
+  `rewards/accuracy_se`, the binomial standard error, to the means. Losses of a
+  whole batch (`Loss.batchwise`, KTO's KL) are those of evaluation batches.
   """
   step = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
-  def evaluate(params, ref_params):
+  def evaluate(params, ref_params, memory):
     totals = {}
     for number in _progress(plan.num_steps, 'held-out groups'):
       batch = put_batch(plan, number, mesh, ref_values=ref_values)
-      sums_here = jax.device_get(step(params, ref_params, batch))
-      for name, value in sums_here.items():
-        totals[name] = totals.get(name, 0.0) + float(value)
-    out = means(totals)
+      here, _ = jax.device_get(step(params, ref_params, batch, memory))
+      for name, pair in here.items():
+        totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
+    # A kind of group that no batch had has no mean.
+    out = means({name: pair for name, pair in totals.items() if pair[1]})
+    out['groups'] = totals['loss'][1]
     if 'rewards/accuracy' in out:
       accuracy = out['rewards/accuracy']
       out['rewards/accuracy_se'] = np.sqrt(
-        accuracy * (1 - accuracy) / totals['groups']
+        accuracy * (1 - accuracy) / out['groups']
       )
-    out['groups'] = totals['groups']
     return out
 
   return evaluate
@@ -139,6 +129,7 @@ def make_samples(
   top_p,
   batch_size,
   reward,
+  cost,
 ):
   """Returns the evaluator that samples from held-out prompts and scores.
 
@@ -157,12 +148,14 @@ def make_samples(
     top_p: nucleus.
     batch_size: samples computed at once.
     reward: name of a reward, or 'none'.
+    cost: name of a constraint score, or 'none'.
 
   The evaluator maps (params, ref_params) to (values, records): means
   over samples with standard errors over prompts, and every text.
   """
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
   score = None if reward == 'none' else rewards.get(reward)
+  constraint = None if cost == 'none' else rewards.get_constraint(cost)
   honest = temperature == 1.0 and top_p == 1.0
   sequence_kl = make_sequence_kl(model_config, mesh, chunk=chunk)
   longest = max(map(len, prompts))
@@ -203,6 +196,10 @@ def make_samples(
     ]
     if score:
       columns['reward'] = rewards.score(score, prompt_texts, texts)
+    if constraint:
+      columns['cost'] = rewards.score_constraint(
+        constraint, prompt_texts, texts
+      )
     values = {'distinct_2': rewards.distinct_n(texts, 2)}
     for name, column in columns.items():
       by_prompt = np.reshape(column, (len(prompts), -1)).mean(1)

@@ -46,21 +46,29 @@ def _logits(hidden_RCD, unembed_VD):
   )
 
 
-def _logps_and_normalizers(hidden_RSD, unembed_VD, target_RS, chunk):
+def _in_chunks(hidden_RSD, unembed_VD, target_RS, chunk, collisions):
+  """One pass: (logps, normalizers, log sum_v p(v)^2 or None), each [R, S]."""
+
   def one_chunk(_, inputs):
     hidden_RCD, target_RC = inputs
     logits_RCV = _logits(hidden_RCD, unembed_VD)
     normalizer_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
     picked_RC = jnp.take_along_axis(logits_RCV, target_RC[..., None], -1)
-    return None, (picked_RC[..., 0] - normalizer_RC, normalizer_RC)
+    collision_RC = None
+    if collisions:
+      twice_RC = jax.nn.logsumexp(2.0 * logits_RCV, axis=-1)
+      collision_RC = twice_RC - 2.0 * normalizer_RC
+    return None, (
+      picked_RC[..., 0] - normalizer_RC,
+      normalizer_RC,
+      collision_RC,
+    )
 
   inputs = (_split(hidden_RSD, chunk), _split(target_RS, chunk))
-  _, (logps, normalizers) = jax.lax.scan(one_chunk, None, inputs)
-  S = target_RS.shape[1]
-  return _join(logps, S), _join(normalizers, S)
+  _, out = jax.lax.scan(one_chunk, None, inputs)
+  return jax.tree.map(lambda x: _join(x, target_RS.shape[1]), out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logps(hidden_RSD, unembed_VD, target_RS, chunk):
   """Returns float32 log p(target | hidden), [R, S].
 
@@ -74,18 +82,38 @@ def token_logps(hidden_RSD, unembed_VD, target_RS, chunk):
   Without differentiation (the reference model) nothing is kept for a
   backward pass.
   """
-  return _logps_and_normalizers(hidden_RSD, unembed_VD, target_RS, chunk)[0]
+  return _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, False)[0]
 
 
-def _token_logps_forward(hidden_RSD, unembed_VD, target_RS, chunk):
-  logps_RS, normalizer_RS = _logps_and_normalizers(
-    hidden_RSD, unembed_VD, target_RS, chunk
+def token_logps_and_collisions(hidden_RSD, unembed_VD, target_RS, chunk):
+  """Returns `token_logps` and, from the same pass, log sum_v p(v)^2, [R, S].
+
+  The second, the log-probability that two draws of a token agree, is what WPO
+  (arXiv:2406.11827) compares the first with; it has no gradient.
+  """
+  return _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, collisions):
+  logps_RS, _, collisions_RS = _in_chunks(
+    hidden_RSD, unembed_VD, target_RS, chunk, collisions
   )
-  return logps_RS, (hidden_RSD, unembed_VD, target_RS, normalizer_RS)
+  return logps_RS, collisions_RS
 
 
-def _token_logps_backward(chunk, residuals, grad_RS):
+def _token_logps_forward(hidden_RSD, unembed_VD, target_RS, chunk, collisions):
+  logps_RS, normalizer_RS, collisions_RS = _in_chunks(
+    hidden_RSD, unembed_VD, target_RS, chunk, collisions
+  )
+  residuals = (hidden_RSD, unembed_VD, target_RS, normalizer_RS)
+  return (logps_RS, collisions_RS), residuals
+
+
+def _token_logps_backward(chunk, collisions, residuals, grads):
+  del collisions  # a weight; nothing is learned through it
   hidden_RSD, unembed_VD, target_RS, normalizer_RS = residuals
+  grad_RS, _ = grads
   dtype = hidden_RSD.dtype
   V = unembed_VD.shape[0]
 
@@ -116,26 +144,28 @@ def _token_logps_backward(chunk, residuals, grad_RS):
   return hidden_grad_RSD, unembed_grad_VD.astype(unembed_VD.dtype), None
 
 
-token_logps.defvjp(_token_logps_forward, _token_logps_backward)
+_token_logps.defvjp(_token_logps_forward, _token_logps_backward)
 
 
-def token_kls(policy_RSD, policy_VD, ref_RSD, ref_VD, *, chunk):
-  """Returns float32 KL(policy || ref) of each next-token distribution, [R, S].
+def token_kls(p_hidden_RSD, p_unembed_VD, q_hidden_RSD, q_unembed_VD, *, chunk):
+  """Returns float32 KL(p || q) of each next-token distribution, [R, S].
 
-  The full-vocabulary sum: over sampled prefixes it is the Rao-Blackwellized
-  estimator of the sequence KL (DPO, footnote 3, arXiv:2305.18290). Forward
-  only; arguments as in `token_logps`.
+  The full-vocabulary sum: over prefixes that p sampled it is the
+  Rao-Blackwellized estimator of the sequence KL (DPO, footnote 3,
+  arXiv:2305.18290). Differentiable in all arrays; the backward pass recomputes
+  each chunk. Arguments as in `token_logps`.
   """
 
+  @jax.checkpoint
   def one_chunk(_, inputs):
-    policy_RCD, ref_RCD = inputs
-    policy_logp = jax.nn.log_softmax(_logits(policy_RCD, policy_VD))
-    ref_logp = jax.nn.log_softmax(_logits(ref_RCD, ref_VD))
-    return None, jnp.sum(jnp.exp(policy_logp) * (policy_logp - ref_logp), -1)
+    p_hidden_RCD, q_hidden_RCD = inputs
+    p_logp = jax.nn.log_softmax(_logits(p_hidden_RCD, p_unembed_VD))
+    q_logp = jax.nn.log_softmax(_logits(q_hidden_RCD, q_unembed_VD))
+    return None, jnp.sum(jnp.exp(p_logp) * (p_logp - q_logp), -1)
 
-  inputs = (_split(policy_RSD, chunk), _split(ref_RSD, chunk))
+  inputs = (_split(p_hidden_RSD, chunk), _split(q_hidden_RSD, chunk))
   _, kls = jax.lax.scan(one_chunk, None, inputs)
-  return _join(kls, policy_RSD.shape[1])
+  return _join(kls, p_hidden_RSD.shape[1])
 
 
 def sum_by_slot(values_RS, slot_RS, *, num_slots):
@@ -146,3 +176,13 @@ def sum_by_slot(values_RS, slot_RS, *, num_slots):
   """
   hit_RSQ = slot_RS[..., None] == jnp.arange(num_slots)
   return jnp.sum(jnp.where(hit_RSQ, values_RS[..., None], 0.0), axis=1)
+
+
+def index_in_slot(slot_RS, *, num_slots):
+  """Returns each scored token's index in its response, from 0: int32 [R, S].
+
+  A response's tokens stand in order; padding gets 0.
+  """
+  hit_RSQ = slot_RS[..., None] == jnp.arange(num_slots)
+  before_RSQ = jnp.cumsum(hit_RSQ, axis=1) - 1
+  return jnp.sum(jnp.where(hit_RSQ, before_RSQ, 0), axis=-1)

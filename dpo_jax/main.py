@@ -20,7 +20,6 @@ from absl import flags
 from absl import logging
 
 from dpo_jax import evaluators
-from dpo_jax import losses
 from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import runs
@@ -43,10 +42,8 @@ def prepare(config, workdir):
   del workdir  # nothing is written but the data cache
   mesh = sharding.make_mesh(**config.mesh)
   model_config, _, tokenizer = runs.open_model(config.model, mesh=mesh)
-  responses = losses.get(config.loss.name).responses
-  groups, report = runs.load_groups(
-    config.data, tokenizer, model_config, responses=responses
-  )
+  terms = runs.bind_losses(config.loss)
+  groups, report = runs.load_groups(config.data, tokenizer, model_config, terms)
   plan = train.training_plan(config, groups['train'], mesh)
   print(f'{report}\n\ntrain: {plan.summary()}')
 
@@ -89,11 +86,14 @@ def evaluate(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
     run = runs.set_up(config, mesh, splits=('test',))
-    params, step = run.params, 0
+    items, step = {'params': run.params}, 0
+    if config.reference.mode == 'ema':
+      items['ref'] = run.params
+    if run.first_memory:
+      items['memory'] = run.first_memory
     if workdir:
-      step, items = workdirs.restore_newest(workdir, {'params': params})
-      params = items['params']
-    values, _ = run.evaluate(params)
+      step, items = workdirs.restore_newest(workdir, items)
+    values, _ = run.evaluate(**({'ref': None, 'memory': {}} | items))
   values = {name: float(value) for name, value in values.items()}
   print(json.dumps({'step': step, **values}, indent=2))
 
@@ -165,6 +165,11 @@ def _parse(argv):
     text = error
     while isinstance(text, BaseException) and text.args:
       text = text.args[0]
+    if ' ' not in str(text):  # a bare key, with no other near it
+      text = (
+        f'the config has no key {text} here; what is chosen behind the colon of'
+        ' --config, such as reference=ema, brings its keys'
+      )
     lines = [line for line in str(text).splitlines() if line.strip()]
     if isinstance(error, flags.Error):
       lines = lines[-1:]

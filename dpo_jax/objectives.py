@@ -1,20 +1,28 @@
-"""Model + log-probabilities + loss = sums over the groups of a batch.
+"""Model + log-probabilities + losses = sums over the groups of a batch.
 
 Sums and counts, never means: whoever divides decides over what (a step, a
 whole evaluation), and a masked tail costs nothing.
 
 Dimension key: R rows, S scored tokens per row, G groups per row, K responses
-per group.
+per group, Q = G * K responses per row.
 """
 
 import jax
 import jax.numpy as jnp
 
 from dpo_jax import logps
-from dpo_jax import losses
+from dpo_jax import names
+from dpo_jax.losses import scoring
+from dpo_jax.losses import table
 from dpo_jax.models import transformer
 
-REFERENCES = ('frozen', 'cached', 'none')
+# Mode -> the other keys of a config's reference section.
+REFERENCES = {
+  'frozen': (),  # a second copy of the weights
+  'cached': ('cache_dir',),  # log-probs computed once
+  'ema': ('alpha', 'every'),  # a copy that follows the policy: TR-DPO
+  'none': (),
+}
 
 
 def make_scored(model_config):
@@ -52,38 +60,78 @@ def make_token_logps(model_config, *, chunk):
   return token_logps
 
 
-def check_reference(loss_name, loss, reference):
-  """A loss gets a reference if, and only if, it looks at one."""
-  if reference not in REFERENCES:
+def check_reference(terms, reference):
+  """Refuses a reference section that does not fit itself or the losses.
+
+  The losses get a reference if, and only if, one of them looks at it.
+  """
+  mode = reference['mode']
+  keys = names.look_up(REFERENCES, 'reference.mode', mode)
+  if set(reference) != {'mode', *keys}:
     raise ValueError(
-      f'reference.mode is {reference!r}; use one of {REFERENCES}'
+      f'reference.mode {mode!r} takes {", ".join(keys) or "no other key"}, got'
+      f' {sorted(set(reference) - {"mode"})}; choose it behind the colon of'
+      f' --config (reference={mode}), which brings its keys'
     )
-  if loss.reference and reference == 'none':
+  if mode == 'ema' and (
+    not 0.0 <= reference['alpha'] <= 1.0 or reference['every'] < 1
+  ):
     raise ValueError(
-      f'loss {loss_name!r} needs a reference; set reference.mode to'
-      ' "frozen" or "cached"'
+      'reference.alpha must lie in [0, 1] and reference.every be 1 or more;'
+      f' got {reference["alpha"]} and {reference["every"]}'
     )
-  if not loss.reference and reference != 'none':
+  needy = [term.name for term in terms if term.loss.reference]
+  if needy and mode == 'none':
     raise ValueError(
-      f'loss {loss_name!r} uses no reference; set reference.mode to "none"'
+      f'loss {needy[0]!r} needs a reference; choose reference=frozen,'
+      ' reference=cached or reference=ema behind the colon of --config'
     )
+  if not needy and mode != 'none':
+    raise ValueError(
+      f'loss {terms[0].name!r} uses no reference; choose reference=none behind'
+      ' the colon of --config'
+    )
+  for term in terms:
+    if 'kls' in term.loss.needs and mode == 'cached':
+      raise ValueError(
+        f"loss {term.name!r} needs the reference's whole distribution, which"
+        ' is not cached; choose reference=frozen or reference=ema'
+      )
 
 
-def make_sums(token_logps, loss, loss_function, *, beta, reference):
-  """Returns (params, ref_params, batch) -> dict of sums over real groups.
+def first_memory(terms):
+  """Returns what the losses remember before the first step: {name: dict}."""
+  zeros = {'mean': jnp.zeros(()), 'count': jnp.zeros(())}
+  return {term.name: dict(zeros) for term in terms if term.remember}
+
+
+def make_sums(
+  model_config, terms, *, chunk, reference, responses, form, rewards
+):
+  """Returns (params, ref_params, batch, memory) -> (totals, memory).
+
+  totals is {name: (sum over real groups, count to divide by)}; `loss` is the
+  weighted sum of the terms. Logged rewards are the first term's beta times
+  log pi - log pi_ref in sums over tokens (DPO, eq. 5), without a reference
+  beta times the reduced log pi; a loss without a beta counts as beta 1.
 
   Args:
-    token_logps: of `make_token_logps`.
-    loss: row of `losses.LOSSES`.
-    loss_function: scores -> loss per group.
-    beta: scale of the implicit rewards that are logged; None for losses
-      without one.
-    reference: 'frozen' computes reference log-probs from `ref_params`;
-      'cached' reads `batch['ref_token_logps']` [R, S]; 'none' is zero.
+    model_config: of policy and reference.
+    terms: of `table.bind`.
+    chunk: see `logps.token_logps`.
+    reference: 'frozen' and 'ema' compute reference log-probs from
+      `ref_params`; 'cached' reads `batch['ref_token_logps']` [R, S]; 'none' is
+      zero.
+    responses: K.
+    form: of the data, which decides what is logged.
+    rewards: whether the data has rewards.
   """
-  K = loss.responses
+  K = responses
+  scored = make_scored(model_config)
+  needs = {field for term in terms for field in term.loss.needs}
+  weighted = any(term.weighting != 'none' for term in terms)
 
-  def sums(params, ref_params, batch):
+  def sums(params, ref_params, batch, memory):
     slot_RS, mask_RG = batch['slot'], batch['mask']
     R, G = mask_RG.shape
 
@@ -91,41 +139,126 @@ def make_sums(token_logps, loss, loss_function, *, beta, reference):
       sums_RQ = logps.sum_by_slot(values_RS, slot_RS, num_slots=G * K)
       return sums_RQ.reshape(R, G, K)
 
-    policy_RGK = per_response(token_logps(params, batch))
-    if reference == 'frozen':
-      ref_RS = jax.lax.stop_gradient(token_logps(ref_params, batch))
-      ref_RGK = per_response(ref_RS)
+    def per_token(values_RGK):
+      values_RQ = jnp.broadcast_to(values_RGK, (R, G, K)).reshape(R, G * K)
+      return jnp.take_along_axis(values_RQ, jnp.maximum(slot_RS, 0), axis=1)
+
+    # ------------------------------------------- log-probs of all tokens ----
+    hidden, target_RS = scored(params, batch), batch['target']
+    if weighted:
+      policy_RS, collisions_RS = logps.token_logps_and_collisions(
+        *hidden, target_RS, chunk
+      )
+    else:
+      policy_RS = logps.token_logps(*hidden, target_RS, chunk)
+    ref_RS = jnp.zeros_like(policy_RS)
+    if reference in ('frozen', 'ema'):
+      ref_hidden = jax.lax.stop_gradient(scored(ref_params, batch))
+      ref_RS = logps.token_logps(*ref_hidden, target_RS, chunk)
     elif reference == 'cached':
-      ref_RGK = per_response(batch['ref_token_logps'])
-    else:
-      ref_RGK = jnp.zeros_like(policy_RGK)
-    lengths_RGK = per_response(jnp.ones(slot_RS.shape))
+      ref_RS = batch['ref_token_logps']
+
+    # --------------------------------------------------- scores of groups ----
     # Padding groups have no tokens: length 1 keeps divisions finite.
-    scores = losses.Scores(
-      policy_RGK, ref_RGK, jnp.maximum(lengths_RGK, 1.0), batch['p']
+    lengths_RGK = jnp.maximum(per_response(jnp.ones(slot_RS.shape)), 1.0)
+    mean_lengths_K = jnp.stack(
+      [scoring.masked_mean(lengths_RGK[..., k], mask_RG) for k in range(K)]
     )
-
-    def total(values_RG):
-      return jnp.sum(jnp.where(mask_RG, values_RG, 0.0))
-
-    out = {
-      'loss': total(batch['weight'] * loss_function(scores)),
-      'groups': jnp.sum(mask_RG),
-      'scored_tokens': jnp.sum(slot_RS >= 0),
-      'logps/chosen': total(policy_RGK[..., 0]),
+    place = {
+      'index': logps.index_in_slot(slot_RS, num_slots=G * K),
+      'length': per_token(lengths_RGK),
+      'shortest': per_token(lengths_RGK.min(-1, keepdims=True)),
+      'mean_length': per_token(mean_lengths_K),
     }
-    if K == 2:
-      rewards_RGK = losses.implicit_rewards(scores, beta=beta)
-      chosen, rejected = rewards_RGK[..., 0], rewards_RGK[..., 1]
-      out |= {
-        'logps/rejected': total(policy_RGK[..., 1]),
-        'rewards/chosen': total(chosen),
-        'rewards/rejected': total(rejected),
-        'rewards/margin': total(chosen - rejected),
-        'rewards/accuracy': total(chosen > rejected),
-      }
-    else:
-      out['nll_tokens'] = -total(policy_RGK.sum(-1))
-    return out
+    scores = scoring.Scores(
+      policy=per_response(policy_RS),
+      ref=per_response(ref_RS),
+      lengths=lengths_RGK,
+      p=batch['p'],
+      mask=mask_RG,
+      rewards=batch['rewards'] if rewards else None,
+      costs=batch['costs'],
+    )
+    if 'kls' in needs:
+      kls_RS = logps.token_kls(*ref_hidden, *hidden, chunk=chunk)
+      scores = scores._replace(kls=per_response(kls_RS))
+    if 'complements' in needs:
+      complements_RS = scoring.log_complement(policy_RS)
+      scores = scores._replace(complements=per_response(complements_RS))
+    if weighted:
+      excess_RGK = per_response(policy_RS - collisions_RS)
+      scores = scores._replace(confidences=excess_RGK / lengths_RGK)
+
+    # -------------------------------------------------------------- losses ----
+    groups = jnp.sum(mask_RG)
+    out = {'loss': (0.0, groups)}
+    memory = dict(memory)
+    for number, term in enumerate(terms):
+      weights_RS = term.reduce(**place)
+      reduced = scores._replace(
+        policy=per_response(weights_RS * policy_RS),
+        ref=per_response(weights_RS * ref_RS),
+        memory=memory.get(term.name),
+      )
+      if number == 0:
+        first = reduced
+      losses_RG = batch['weight'] * table.values(term, reduced)
+      value = jnp.sum(jnp.where(mask_RG, losses_RG, 0.0))
+      out['loss'] = (out['loss'][0] + term.weight * value, groups)
+      if len(terms) > 1:
+        out[f'loss/{term.name}'] = (value, groups)
+      if term.remember:
+        memory[term.name] = term.remember(reduced)
+
+    # ------------------------------------------------------------- metrics ----
+    implicit_RGK = scoring.implicit_rewards(
+      first if reference == 'none' else scores, beta=terms[0].reward_scale
+    )
+    return out | measured(form, scores, implicit_RGK), memory
 
   return sums
+
+
+def measured(form, scores, rewards_RGK):
+  """What is logged besides the loss: {name: (sum, count)}.
+
+  Args:
+    form: of the data.
+    scores: in sums over tokens.
+    rewards_RGK: implicit rewards.
+  """
+  mask_RG, logps_RGK = scores.mask, scores.policy
+  K = logps_RGK.shape[-1]
+
+  def mean(values_RG, where_RG=mask_RG):
+    return jnp.sum(jnp.where(where_RG, values_RG, 0.0)), jnp.sum(where_RG)
+
+  if form == 'unpaired':
+    desirable_RG = scores.p > 0.5
+    out = {}
+    for name, where_RG in [
+      ('desirable', mask_RG & desirable_RG),
+      ('undesirable', mask_RG & ~desirable_RG),
+    ]:
+      out[f'logps/{name}'] = mean(logps_RGK[..., 0], where_RG)
+      out[f'rewards/{name}'] = mean(rewards_RGK[..., 0], where_RG)
+    if K == 2:
+      out['kl/mismatched'] = mean(scoring.log_ratio(scores)[..., 1])
+    return out
+  out = {'logps/chosen': mean(logps_RGK[..., 0])}
+  if K == 1:
+    tokens = jnp.sum(jnp.where(mask_RG, scores.lengths[..., 0], 0.0))
+    out['token_nll'] = -out['logps/chosen'][0], tokens
+    return out
+  chosen_RG, rejected_RG = rewards_RGK[..., 0], rewards_RGK[..., -1]
+  out |= {
+    'logps/rejected': mean(logps_RGK[..., -1]),
+    'rewards/chosen': mean(chosen_RG),
+    'rewards/rejected': mean(rejected_RG),
+    'rewards/margin': mean(chosen_RG - rejected_RG),
+    'rewards/accuracy': mean(chosen_RG > rejected_RG),
+  }
+  if scores.kls is not None:
+    out['kl/chosen'] = mean(scores.kls[..., 0])
+    out['kl/rejected'] = mean(scores.kls[..., -1])
+  return out

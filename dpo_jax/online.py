@@ -4,14 +4,18 @@ A round is an ordinary offline run over a data set that the round wrote, in a
 workdir of its own, so it resumes like any other:
 
     workdir/heldout.jsonl                   prompts that `train` samples from
-    workdir/round_1/completions.jsonl       every sample and its reward
+    workdir/round_1/completions.jsonl       every sample, its reward and cost
     workdir/round_1/pairs.jsonl             better and worse completions
     workdir/round_1/train/                  see `train`
+    workdir/round_1/constraint.json         multiplier, mean cost and next one
     workdir/round_1/report.txt, report.json, curves.png, frontier.png
 
 With one round this is DPO on the policy's own samples; with more it is
 iterative DPO: a round starts from the last one's policy and takes that as its
-reference, and the KL it reports is to that reference.
+reference, and the KL it reports is to that reference. With a constraint,
+pairs are ranked by the reward less multiplier * cost, and the multiplier moves
+after each round (`constraints`); it follows from the config and the metrics of
+the rounds before, so it resumes with them.
 """
 
 import json
@@ -20,6 +24,7 @@ import os
 import numpy as np
 import tqdm
 
+from dpo_jax import constraints
 from dpo_jax import evaluators
 from dpo_jax import metrics
 from dpo_jax import report
@@ -36,6 +41,7 @@ _CURVES = (
   'train/loss',
   'train/rewards/margin',
   'samples/reward',
+  'samples/cost',
   'samples/kl',
 )
 _EXAMPLES = 6  # texts shown in the report
@@ -46,7 +52,10 @@ _SET_HERE = {
   'data.source': '',
   'eval.samples.prompts': '',
   'eval.samples.reward': '',
+  'eval.samples.cost': '',
 }
+# Other keys of config.constraint, where there is one.
+_DUAL = ('budget', 'lr', 'multiplier', 'start')
 
 
 def run(config, workdir):
@@ -66,6 +75,8 @@ def run(config, workdir):
   train_config = config.train.as_dict()
   check_train_config(train_config, max_new_tokens=how['max_new_tokens'])
   score = rewards.get(reward)
+  constraint, cost, dual = read_constraint(config.constraint, rounds=rounds)
+  multiplier, start = dual.pop('multiplier'), dual.pop('start')
   config.check_all_read(but='train')  # `train` checks its own part
   workdirs.claim(workdir, config, json.dumps(prompts))
   heldout = os.path.join(workdir, 'heldout.jsonl')
@@ -77,22 +88,73 @@ def run(config, workdir):
     pairs = os.path.join(directory, 'pairs.jsonl')
     train_config['seed'] = seed + number - 1
     train_config['data']['source'] = pairs
-    train_config['eval']['samples'] |= {'prompts': heldout, 'reward': reward}
-    if number > 1:
+    train_config['eval']['samples'] |= {
+      'prompts': heldout,
+      'reward': reward,
+      'cost': constraint,
+    }
+    if number > 1 and start == 'last':
       before = os.path.join(workdir, f'round_{number - 1}', 'train')
       train_config['init'] = before
     round_config = settings.Settings(train_config)
 
     # ------------------------------------------------ sample, score, pair ----
     if not os.path.exists(pairs):
-      write_pairs(round_config, prompts['train'], directory, score, **how)
+      write_pairs(
+        round_config,
+        prompts['train'],
+        directory,
+        score,
+        cost=cost,
+        multiplier=multiplier,
+        **how,
+      )
 
     # --------------------------------------------------------------- train ----
     train.train(round_config, os.path.join(directory, 'train'))
 
-    # -------------------------------------------------------------- report ----
-    texts.append(f'round {number}\n{write_report(directory)}')
+    # -------------------------------------------------- multiplier, report ----
+    priced = {}
+    if cost:
+      priced = write_constraint(directory, multiplier, **dual)
+      multiplier = priced['next_multiplier']
+    texts.append(f'round {number}\n{write_report(directory, priced)}')
   return '\n'.join(texts)
+
+
+def read_constraint(section, *, rounds):
+  """Returns (name, cost function, other keys) of config.constraint.
+
+  Without a constraint there is no cost function, and what follows from it.
+  """
+  dual = dict(section)
+  name = dual.pop('name')
+  if name == 'none':
+    if dual:
+      raise ValueError(
+        f"constraint.name is 'none', so constraint.{min(dual)} would do"
+        f' nothing; name one of {", ".join(rewards.CONSTRAINTS)}, or use'
+        ' configs/quickstart.py'
+      )
+    return name, None, {'multiplier': 0.0, 'start': 'last'}
+  cost = rewards.get_constraint(name)
+  if set(dual) != set(_DUAL):
+    raise ValueError(
+      f'constraint {name!r} takes {", ".join(_DUAL)}, got {sorted(dual)}; use'
+      ' configs/constrained.py, which has them'
+    )
+  constraints.check(**{key: dual[key] for key in _DUAL if key != 'start'})
+  if dual['start'] not in ('first', 'last'):
+    raise ValueError(
+      f"constraint.start is {dual['start']!r}; use 'first' or 'last', whose"
+      ' policy a round starts from'
+    )
+  if rounds < 2:
+    raise ValueError(
+      f'the multiplier of constraint {name!r} moves after a round, and rounds'
+      f' is {rounds}; set rounds to 2 or more'
+    )
+  return name, cost, dual
 
 
 def check_train_config(config, *, max_new_tokens):
@@ -151,6 +213,8 @@ def write_pairs(
   directory,
   reward,
   *,
+  cost,
+  multiplier,
   samples_per_prompt,
   pairs_per_prompt,
   max_new_tokens,
@@ -162,7 +226,8 @@ def write_pairs(
 
   The best and the worst completion of a prompt become its pair; a prompt whose
   completions all score the same has none, and is counted. pairs.jsonl appears
-  under its name only when it is whole.
+  under its name only when it is whole. The score is the reward, less multiplier
+  times cost where there is a `cost`.
   """
   mesh = sharding.make_mesh(**config.mesh)
   model_config, params, tokenizer = runs.open_model(config.model, mesh=mesh)
@@ -185,6 +250,10 @@ def write_pairs(
     )
   responses = evaluators.response_texts(samples, tokenizer)
   values = rewards.score(reward, repeated, responses)
+  columns = {'reward': values}
+  if cost:
+    columns['cost'] = rewards.score_constraint(cost, repeated, responses)
+    values = constraints.effective_rewards(values, columns['cost'], multiplier)
   pairs = best_and_worst(
     prompts,
     responses,
@@ -194,9 +263,12 @@ def write_pairs(
     pairs_per_prompt=pairs_per_prompt,
   )
   ties = len(prompts) * pairs_per_prompt - len(pairs)
+  means = [f'mean {name} {x.mean():.3f}' for name, x in columns.items()]
+  if cost:
+    means.append(f'multiplier {multiplier:.3f}')
   print(
-    f'{len(repeated)} completions of {len(prompts)} prompts, mean reward'
-    f' {values.mean():.3f}; {len(pairs)} pairs, {ties} left out as ties'
+    f'{len(repeated)} completions of {len(prompts)} prompts,'
+    f' {", ".join(means)}; {len(pairs)} pairs, {ties} left out as ties'
   )
   if not pairs:
     raise ValueError(
@@ -207,8 +279,9 @@ def write_pairs(
   write_lines(
     os.path.join(directory, 'completions.jsonl'),
     [
-      {'prompt': prompt, 'response': response, 'reward': value}
-      for prompt, response, value in zip(repeated, responses, values)
+      {'prompt': prompt, 'response': response}
+      | {name: column[i] for name, column in columns.items()}
+      for i, (prompt, response) in enumerate(zip(repeated, responses))
     ],
   )
   write_lines(os.path.join(directory, 'pairs.jsonl'), pairs)
@@ -228,7 +301,7 @@ def best_and_worst(
     prompts: N texts.
     responses: N * samples_per_prompt texts, those of a prompt together.
     ended: whether each response ended by itself.
-    values: reward of each response; ties go to the first.
+    values: score of each response; ties go to the first.
     samples_per_prompt: responses of a prompt.
     pairs_per_prompt: 1 for best and worst only; 2 adds second best and second
       worst, and so on. A pair of equal values is left out.
@@ -253,12 +326,9 @@ def best_and_worst(
   return pairs
 
 
-def write_report(directory):
-  """Writes a round's numbers, example texts and pictures; returns the text."""
-  workdir = os.path.join(directory, 'train')
-  records = metrics.read(workdir)
-  samples = metrics.read(workdir, 'samples.jsonl')
-  points = [
+def sampled_points(records):
+  """Returns what was measured on held-out samples, first to last."""
+  return [
     {
       name.removeprefix('samples/'): value
       for name, value in record.items()
@@ -267,6 +337,35 @@ def write_report(directory):
     for record in records
     if 'samples/reward' in record
   ]
+
+
+def write_constraint(directory, multiplier, *, budget, lr):
+  """Moves the multiplier by the final policy's cost; writes and returns it."""
+  records = metrics.read(os.path.join(directory, 'train'))
+  mean_cost = sampled_points(records)[-1]['cost']
+  priced = {
+    'multiplier': multiplier,
+    'mean_cost': mean_cost,
+    'budget': budget,
+    'lr': lr,
+    'next_multiplier': constraints.next_multiplier(
+      multiplier, mean_cost, budget=budget, lr=lr
+    ),
+  }
+  text = json.dumps(priced, indent=2)
+  workdirs.write(os.path.join(directory, 'constraint.json'), text)
+  return priced
+
+
+def write_report(directory, priced):
+  """Writes a round's numbers, example texts and pictures; returns the text.
+
+  `priced` is of `write_constraint`, {} without a constraint.
+  """
+  workdir = os.path.join(directory, 'train')
+  records = metrics.read(workdir)
+  samples = metrics.read(workdir, 'samples.jsonl')
+  points = sampled_points(records)
   first = [s for s in samples if s['step'] == samples[0]['step']]
   last = [s for s in samples if s['step'] == samples[-1]['step']]
   pairs = list(zip(first, last))
@@ -283,6 +382,13 @@ def write_report(directory):
     ]
   )
   text = f'{table}\n{report.summary(points[0], points[-1])}'
+  numbers = {'before': points[0], 'after': points[-1]}
+  if priced:
+    numbers['constraint'] = priced
+    text += (
+      f'multiplier of the cost {priced["multiplier"]:.3f}, next'
+      f' {priced["next_multiplier"]:.3f}; budget {priced["budget"]:.3f}\n'
+    )
 
   def path(name):
     return os.path.join(directory, name)
@@ -292,5 +398,5 @@ def write_report(directory):
   with open(path('report.txt'), 'w', encoding='utf-8') as f:
     f.write(text)
   with open(path('report.json'), 'w') as f:
-    json.dump({'before': points[0], 'after': points[-1]}, f, indent=2)
+    json.dump(numbers, f, indent=2)
   return text

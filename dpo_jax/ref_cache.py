@@ -47,6 +47,13 @@ def groups_digest(groups):
   return digest.hexdigest()
 
 
+def data_digest(groups):
+  """sha256 over all that a run learns from: tokens, weights and labels."""
+  labels = [(g.weight, g.p, g.rewards, g.costs) for g in groups]
+  text = f'{groups_digest(groups)} {labels}'
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def key(params, model_config, groups):
   """Returns the cache key and the dict of what it was made of."""
   config = dataclasses.asdict(model_config)

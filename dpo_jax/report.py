@@ -165,6 +165,7 @@ def text_table(rows, *, width=100):
 # Metric, what it is called, format; a metric that is missing has no line.
 _SUMMARY = (
   ('reward', 'mean reward', '+.3f'),
+  ('cost', 'mean cost', '.3f'),
   ('kl', 'sequence KL (nats)', '.2f'),
   ('length', 'mean length (tokens)', '.1f'),
   ('ended', 'ended by EOS (share)', '.2f'),

@@ -16,17 +16,19 @@ import tqdm
 
 from dpo_jax import evaluators
 from dpo_jax import fetch
-from dpo_jax import losses
 from dpo_jax import names
 from dpo_jax import objectives
 from dpo_jax import ref_cache
+from dpo_jax import rewards
 from dpo_jax import sharding
 from dpo_jax import weights
 from dpo_jax import workdirs
 from dpo_jax.data import batches
 from dpo_jax.data import builders
 from dpo_jax.data import examples
+from dpo_jax.data import partners
 from dpo_jax.data import tokenizers
+from dpo_jax.losses import table
 from dpo_jax.models import presets
 from dpo_jax.models import transformer
 
@@ -47,13 +49,15 @@ class Run:
 
   sums: of `objectives.make_sums`. params: the initial parameters, placed.
   ref_params: a copy of them where something needs one (a frozen reference, the
-  KL of samples), else None. groups, ref_values: of each split. evaluate:
-  params -> (values, sample records).
+  KL of samples), else None. first_memory: of `objectives.first_memory`, placed.
+  groups, ref_values: of each split. evaluate: (params, moving reference or
+  None, memory) -> (values, sample records).
   """
 
   sums: Callable
   params: Any
   ref_params: Any
+  first_memory: dict
   groups: dict
   ref_values: dict
   evaluate: Callable
@@ -76,11 +80,9 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   chunk = config.logps_chunk * sharding.row_shards(mesh)
 
   # ---------------------------------------------------------------- loss ----
-  keywords = dict(config.loss)
-  loss_name = keywords.pop('name')
-  loss, loss_function = losses.bind(loss_name, keywords)
+  terms = bind_losses(config.loss)
   mode = config.reference.mode
-  objectives.check_reference(loss_name, loss, mode)
+  objectives.check_reference(terms, dict(config.reference))
 
   # --------------------------------------------------------------- model ----
   model_config, params, tokenizer = open_model(config.model, mesh=mesh)
@@ -89,11 +91,10 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     params = items['params']
 
   # ---------------------------------------------------------------- data ----
-  groups, report = load_groups(
-    config.data, tokenizer, model_config, responses=loss.responses
-  )
+  groups, report = load_groups(config.data, tokenizer, model_config, terms)
   tqdm.tqdm.write(report, file=sys.stderr)
-  check_soft_labels(groups, loss_name, loss)
+  everything = [*groups['train'], *groups['test']]
+  check_data(everything, terms, config.data.form)
   groups['test'] = groups['test'][: config.eval.max_groups or None]
 
   def evaluation_plan(split):
@@ -106,9 +107,9 @@ def set_up(config, mesh, *, splits=('train', 'test')):
 
   # ----------------------------------------------------------- reference ----
   token_logps = objectives.make_token_logps(model_config, chunk=chunk)
-  cache_dir = config.reference.cache_dir or fetch.cache_folder() / 'reference'
   ref_values = dict.fromkeys(groups)
   if mode == 'cached':
+    cache_dir = config.reference.cache_dir or fetch.cache_folder() / 'reference'
     for split in splits:
       if groups[split]:
         ref_values[split] = ref_cache.load_or_compute(
@@ -127,11 +128,16 @@ def set_up(config, mesh, *, splits=('train', 'test')):
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(
-    token_logps,
-    loss,
-    loss_function,
-    beta=keywords['beta'] if loss.responses > 1 else None,
+    model_config,
+    terms,
+    chunk=chunk,
     reference=mode,
+    responses=max([len(g.responses) for g in everything], default=1),
+    form=config.data.form,
+    rewards=any(g.rewards is not None for g in everything),
+  )
+  first_memory = jax.device_put(
+    objectives.first_memory(terms), sharding.replicated(mesh)
   )
   evaluate_heldout = evaluate_samples = None
   if groups['test']:
@@ -157,12 +163,13 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       **how,
     )
 
-  def evaluate(params):
+  def evaluate(params, ref, memory):
     values, samples = {}, []
     if evaluate_heldout:
-      results = evaluate_heldout(params, ref_params)
+      against = ref_params if ref is None else ref
+      results = evaluate_heldout(params, against, memory)
       values |= {f'heldout/{name}': x for name, x in results.items()}
-    if evaluate_samples:
+    if evaluate_samples:  # their KL is to where training began
       results, samples = evaluate_samples(params, ref_params)
       values |= {f'samples/{name}': x for name, x in results.items()}
     return values, samples
@@ -171,6 +178,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     sums=sums,
     params=params,
     ref_params=ref_params,
+    first_memory=first_memory,
     groups=groups,
     ref_values=ref_values,
     evaluate=evaluate,
@@ -235,14 +243,19 @@ def open_model(model, *, mesh):
   return config, copy(params), tokenizer
 
 
-def load_groups(data, tokenizer, model_config, *, responses):
+def bind_losses(section):
+  """Reads a config's loss section: the terms of `table.bind`."""
+  return table.bind({name: dict(section[name]) for name in section})
+
+
+def load_groups(data, tokenizer, model_config, terms):
   """Reads, splits and tokenizes: ({'train': groups, 'test': groups}, report).
 
   Args:
     data: the config's data section.
     tokenizer: of the model.
     model_config: its vocabulary and positions must hold the data.
-    responses: 2 for pairs, 1 for single responses.
+    terms: of `table.bind`; they decide which forms of data will do.
   """
   examples.check_vocabulary(tokenizer, model_config.vocab_size)
   longest = data.max_prompt_tokens + data.max_response_tokens
@@ -253,7 +266,12 @@ def load_groups(data, tokenizer, model_config, *, responses):
       f'data.max_prompt_tokens + data.max_response_tokens is {longest}, but'
       f' the model has {model_config.max_positions} positions'
     )
-  form = 'pairs' if responses == 2 else 'sft'
+  form = data.form
+  forms = table.common_forms([term.name for term in terms])
+  if form not in forms:
+    raise ValueError(
+      f'data.form is {form!r}, but the losses learn from {" or ".join(forms)}'
+    )
   dataset = builders.load(
     data.task,
     source=data.source,
@@ -272,9 +290,33 @@ def load_groups(data, tokenizer, model_config, *, responses):
       max_prompt_tokens=data.max_prompt_tokens,
       max_response_tokens=data.max_response_tokens,
       form=form,
+      cost=constraint(data.constraint, terms),
     )
     texts.append(f'{split}, in tokens\n{report}')
+    if form == 'rankings' and any(term.loss.ordered for term in terms):
+      groups[split], ties = examples.drop_ties(groups[split])
+      texts.append(f'{split}: {ties:,} rankings with ties dropped')
+    if groups[split] and any(term.loss.mismatched for term in terms):
+      groups[split] = partners.mismatched(groups[split])
   return groups, '\n\n'.join(texts)
+
+
+def constraint(name, terms):
+  """Returns the cost function that the losses need, or None."""
+  needy = [term.name for term in terms if 'costs' in term.loss.needs]
+  if name == 'none' and needy:
+    raise ValueError(
+      f'loss {needy[0]!r} needs costs; set data.constraint to one of'
+      f' {", ".join(rewards.CONSTRAINTS)}'
+    )
+  if name != 'none' and not needy:
+    raise ValueError(
+      f'data.constraint is {name!r}, but no loss looks at costs; add'
+      ' likelihood_penalty to the losses, or set it to "none"'
+    )
+  if name == 'none':
+    return None
+  return rewards.get_constraint(name)
 
 
 def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
@@ -314,12 +356,35 @@ def encode_prompts(texts, tokenizer, max_prompt_tokens):
   ]
 
 
-def check_soft_labels(groups, name, loss):
-  """Refuses data whose soft labels the loss would ignore."""
-  if loss.responses == 1 or loss.soft_labels:
-    return
-  if any(group.p != 1.0 for part in groups.values() for group in part):
+def check_data(groups, terms, form):
+  """Refuses data that a loss would ignore, and losses without their data."""
+  if len({group.rewards is None for group in groups}) > 1:
     raise ValueError(
-      f'the data has soft labels p, which loss {name!r} ignores; use'
-      " loss 'soft' or leave p out"
+      'some of the data has rewards and some, perhaps the other split, has'
+      ' none; give them to all examples or to none'
     )
+  labelled = any(group.p != 1.0 for group in groups)
+  weighted = any(group.weight != 1.0 for group in groups)
+  for term in terms:
+    name, loss = term.name, term.loss
+    if term.soft and not (form == 'pairs' and labelled):
+      raise ValueError(
+        f"loss {name!r}: labels 'soft' would change nothing, because the data"
+        " has no soft labels p of pairs; set labels to 'hard'"
+      )
+    heeds = 'p' in loss.needs or term.soft or not loss.preference
+    if form == 'pairs' and labelled and not heeds:
+      raise ValueError(
+        f'the data has soft labels p, which loss {name!r} ignores; set its'
+        " labels to 'soft', use loss 'soft', or leave p out"
+      )
+    if loss.batchwise and weighted:
+      raise ValueError(
+        f'the data has weights, which loss {name!r}, a function of the whole'
+        ' batch, cannot apply; leave weight out'
+      )
+    if term.reduction.startswith('ld') and form != 'pairs':
+      raise ValueError(
+        f'loss {name!r}: reduction {term.reduction!r} compares the lengths of a'
+        f' pair; data.form is {form!r}'
+      )

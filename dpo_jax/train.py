@@ -35,35 +35,65 @@ class State:
   params: Any
   opt_state: Any
   step: jax.Array
+  ref: Any  # the reference, where it moves (TR-DPO), else None
+  memory: dict  # of losses that outlive a batch, see `objectives`
 
 
-def make_step(sums, tx, schedule, *, batch_size):
+def make_step(sums, tx, schedule, *, batch_size, ema=None):
   """Returns (state, ref_params, batch) -> (state, metrics).
 
   The loss is the mean over the `batch_size` groups of the global batch,
   wherever they lie. Donate `state` when jitting.
+
+  Args:
+    sums: of `objectives.make_sums`.
+    tx: the optimizer.
+    schedule: step -> learning rate, for the log.
+    batch_size: groups.
+    ema: {'alpha', 'every'} where the reference is part of the state: after each
+      `every` updates it becomes alpha policy + (1 - alpha) reference; alpha 1
+      is a hard update. TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656.
   """
 
   def step(state, ref_params, batch):
-    def loss_function(params):
-      totals = sums(params, ref_params, batch)
-      return totals['loss'] / batch_size, totals
+    ref = ref_params if state.ref is None else state.ref
 
-    (_, totals), grads = jax.value_and_grad(loss_function, has_aux=True)(
-      state.params
-    )
+    def loss_function(params):
+      totals, memory = sums(params, ref, batch, state.memory)
+      return totals['loss'][0] / batch_size, (totals, memory)
+
+    gradient = jax.value_and_grad(loss_function, has_aux=True)
+    (loss, (totals, memory)), grads = gradient(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     values = evaluators.means(totals)
+    values['loss'] = loss
     values['grad_norm'] = optax.tree.norm(grads)
     values['learning_rate'] = schedule(state.step)
     params = optax.apply_updates(state.params, updates)
     values['param_norm'] = optax.tree.norm(params)
-    return State(params, opt_state, state.step + 1), values
+    number = state.step + 1
+    if ema:
+      ref = jax.lax.cond(
+        number % ema['every'] == 0,
+        lambda: moved(ref, params, ema['alpha']),
+        lambda: ref,
+      )
+      values['reference_distance'] = optax.tree.norm(
+        optax.tree.sub(params, ref)
+      )
+    else:
+      ref = None
+    return State(params, opt_state, number, ref, memory), values
 
   return step
 
 
-def state_shapes(params, tx):
+def moved(ref, params, alpha):
+  """alpha params + (1 - alpha) ref, in the parameters' own float32."""
+  return jax.tree.map(lambda r, p: alpha * p + (1.0 - alpha) * r, ref, params)
+
+
+def state_shapes(params, tx, *, ema, memory):
   """Returns the State as shapes with shardings; moments lie as params do."""
   replicated = sharding.replicated(jax.tree.leaves(params)[0].sharding.mesh)
 
@@ -71,8 +101,9 @@ def state_shapes(params, tx):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
   opt_state = jax.eval_shape(tx.init, params)
+  params_shapes = jax.tree.map(lambda x: shape(x, x.sharding), params)
   return State(
-    params=jax.tree.map(lambda x: shape(x, x.sharding), params),
+    params=params_shapes,
     opt_state=optax.tree.map_params(
       tx,
       lambda moment, param: shape(moment, param.sharding),
@@ -81,29 +112,37 @@ def state_shapes(params, tx):
       transform_non_params=lambda x: shape(x, replicated),
     ),
     step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+    ref=params_shapes if ema else None,
+    memory=jax.tree.map(lambda x: shape(x, replicated), memory),
   )
 
 
-def init_state(params, tx):
-  """Returns the State before the first step."""
-  shardings = jax.tree.map(lambda x: x.sharding, state_shapes(params, tx))
+def init_state(params, tx, *, ref=None, memory=None):
+  """Returns the State before the first step; `ref` if the reference moves."""
+  memory = memory or {}
+  shapes = state_shapes(params, tx, ema=ref is not None, memory=memory)
+  shardings = jax.tree.map(lambda x: x.sharding, shapes)
   opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
   step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-  return State(params, opt_state, step)
+  memory = jax.device_put(memory, shardings.memory)
+  return State(params, opt_state, step, ref, memory)
 
 
 def restored_state(shapes, workdir):
   """Returns the newest saved State of a run; `shapes` as of `state_shapes`."""
   step, items = workdirs.restore_newest(workdir, saved(shapes))
-  return State(
-    step=jax.device_put(jnp.asarray(step, jnp.int32), shapes.step.sharding),
-    **items,
-  )
+  step = jax.device_put(jnp.asarray(step, jnp.int32), shapes.step.sharding)
+  return State(step=step, **({'ref': None, 'memory': {}} | items))
 
 
 def saved(state):
   """The items of a checkpoint; its number is the step."""
-  return {'params': state.params, 'opt_state': state.opt_state}
+  items = {'params': state.params, 'opt_state': state.opt_state}
+  if state.ref is not None:
+    items['ref'] = state.ref
+  if state.memory:
+    items['memory'] = state.memory
+  return items
 
 
 def training_plan(config, groups, mesh):
@@ -167,7 +206,11 @@ def _train(config, workdir, mesh):
   # ----------------------------------------- loss, model, data, reference ----
   run = runs.set_up(config, mesh)
   groups, ref_values = run.groups, run.ref_values
-  step_ref = run.ref_params if config.reference.mode == 'frozen' else None
+  mode = config.reference.mode
+  step_ref = run.ref_params if mode == 'frozen' else None
+  ema = None
+  if mode == 'ema':
+    ema = {'alpha': config.reference.alpha, 'every': config.reference.every}
 
   # ------------------------------------------------- what each step sees ----
   plan = training_plan(config, groups['train'], mesh)
@@ -188,10 +231,10 @@ def _train(config, workdir, mesh):
     clip_norm=config.optim.clip_norm,
     keywords=dict(config.optim.keywords),
   )
-  shapes = state_shapes(run.params, tx)
+  shapes = state_shapes(run.params, tx, ema=bool(ema), memory=run.first_memory)
   shardings = jax.tree.map(lambda x: x.sharding, shapes)
   step = jax.jit(
-    make_step(run.sums, tx, schedule, batch_size=config.batch_size),
+    make_step(run.sums, tx, schedule, batch_size=config.batch_size, ema=ema),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
@@ -209,13 +252,14 @@ def _train(config, workdir, mesh):
     workdirs.check_same(resume, config, RESUMED)
   config.check_all_read()
   checkpoint.check_keep(keep)
-  workdirs.claim(workdir, config, ref_cache.groups_digest(groups['train']))
+  workdirs.claim(workdir, config, ref_cache.data_digest(groups['train']))
   checkpoints = checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'), keep=keep
   )
   newest = checkpoints.latest()
   if newest is None and not resume:
-    state = init_state(run.params, tx)
+    ref = jax.tree.map(jnp.copy, run.params) if ema else None
+    state = init_state(run.params, tx, ref=ref, memory=run.first_memory)
     run.params = None  # donated with the state
   else:
     run.params = None  # makes room
@@ -245,7 +289,7 @@ def _train(config, workdir, mesh):
       clock = time.perf_counter()
 
   def measure(number):
-    values, samples = run.evaluate(state.params)
+    values, samples = run.evaluate(state.params, state.ref, state.memory)
     check_finite(values, number, checkpoints)
     writer.write(number, values, samples)
 

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from dpo_jax import losses
-from dpo_jax import objectives
 from dpo_jax import train
 from dpo_jax.data import batches
 from dpo_jax.models import transformer
@@ -39,14 +37,7 @@ DEEP = transformer.TransformerConfig(
 
 def compile_seconds(config):
   """Process time of compiling the training step, which is never run."""
-  loss, function = losses.bind('dpo', {'beta': 0.1})
-  sums = objectives.make_sums(
-    objectives.make_token_logps(config, chunk=512),
-    loss,
-    function,
-    beta=0.1,
-    reference='frozen',
-  )
+  sums = worlds.make_sums(config, chunk=512)
   tx = optax.adamw(1e-3)
   schedule = optax.constant_schedule(1e-3)
   step = train.make_step(sums, tx, schedule, batch_size=4)
@@ -65,6 +56,8 @@ def compile_seconds(config):
     params,
     jax.eval_shape(tx.init, params),
     jax.ShapeDtypeStruct((), jnp.int32),
+    ref=None,
+    memory={},
   )
   lowered = jax.jit(step, donate_argnums=0).lower(state, params, plan.batch(0))
   start = time.process_time()

@@ -6,14 +6,12 @@ from configs import common
 from configs import preference
 from configs import quickstart
 from configs import sft
-from dpo_jax import losses
 from dpo_jax import metrics
 from dpo_jax import online
 from dpo_jax import settings
 from dpo_jax import train
+from dpo_jax.losses import table
 from tests import worlds
-
-PAIR_LOSSES = [n for n, row in losses.LOSSES.items() if row.responses == 2]
 
 
 @pytest.mark.parametrize('model', ['debug-llama', 'debug-gpt2'])
@@ -46,16 +44,35 @@ def test_debug_quickstart_reports(tmp_path):
   assert again == text
 
 
-@pytest.mark.parametrize('name', PAIR_LOSSES)
-def test_every_pair_loss_has_a_config(name):
+@pytest.mark.parametrize('name', table.LOSSES)
+def test_every_loss_has_a_config(name):
   config = preference.get_config(f'loss={name}')
-  assert config.loss.name == name
-  assert dict(config.loss) == {'name': name, **losses.get(name).defaults}
+  assert config.loss.to_dict() == {name: table.options(name)}
+  assert config.data.form == table.get(name).forms[0]
+  reference = 'frozen' if table.get(name).reference else 'none'
+  assert config.reference.to_dict() == {'mode': reference}
+
+
+def test_sums_and_names_from_elsewhere_have_configs():
+  config = preference.get_config('loss=dpo+sft,reference=ema')
+  assert list(config.loss) == ['dpo', 'sft']
+  assert config.data.form == 'pairs'
+  assert config.reference.to_dict() == {'mode': 'ema'} | {
+    'alpha': 0.6,
+    'every': 512,
+  }
+  assert preference.get_config('loss=mpo').loss.bco.weight == 0.2
+  config = preference.get_config('loss=bco_pair')
+  assert config.loss.bco.shift == 'none'
+  with pytest.raises(ValueError, match=r"'ipo_sum' .* or 'ipo_mean'"):
+    preference.get_config('loss=ipo')
+  with pytest.raises(ValueError, match='no form of data suits'):
+    preference.get_config('loss=kto+dpo')
 
 
 def test_the_papers_settings_are_the_default():
   config = preference.get_config('data=hh')
-  assert config.batch_size == 64 and config.loss.beta == 0.1
+  assert config.batch_size == 64 and config.loss.dpo.beta == 0.1
   assert config.optim.name == 'rmsprop' and config.optim.lr == 1e-6
   assert config.optim.keywords.decay == 0.99
   assert config.optim.warmup_steps == 150
@@ -85,7 +102,7 @@ def test_unknown_keys_cannot_be_set():
 
 def test_presets_are_copied_not_shared():
   config = preference.get_config('loss=dpo')
-  config.loss.beta = 9.0
-  assert losses.get('dpo').defaults['beta'] == 0.1
-  assert preference.get_config('loss=dpo').loss.beta == 0.1
+  config.loss.dpo.beta = 9.0
+  assert table.options('dpo')['beta'] == 0.1
+  assert preference.get_config('loss=dpo').loss.dpo.beta == 0.1
   assert common.pick(common.DATA, 'data set', 'hh') is not common.DATA['hh']

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import evaluators
-from dpo_jax import losses
-from dpo_jax import objectives
+from dpo_jax import rewards
 from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import tokenizers
@@ -20,14 +19,7 @@ MESH = {'data': -1, 'fsdp': 1, 'tensor': 1}
 def test_heldout_means_do_not_depend_on_the_batch_size():
   config, mesh = worlds.LLAMA, sharding.make_mesh(**MESH)
   params, ref = worlds.params_of(config), worlds.params_of(config, seed=1)
-  loss, function = losses.bind('dpo', {'beta': 0.1})
-  sums = objectives.make_sums(
-    objectives.make_token_logps(config, chunk=16),
-    loss,
-    function,
-    beta=0.1,
-    reference='frozen',
-  )
+  sums = worlds.make_sums(config)
   groups = worlds.make_groups(11)
   found = []
   for batch_size in (11, 4):  # 4 leaves a tail of three
@@ -35,7 +27,7 @@ def test_heldout_means_do_not_depend_on_the_batch_size():
       groups, batch_size=batch_size, row_length=48, multiple=8
     )
     evaluate = evaluators.make_heldout(sums, plan, mesh, ref_values=None)
-    found.append(evaluate(params, ref))
+    found.append(evaluate(params, ref, {}))
   assert found[0]['groups'] == found[1]['groups'] == 11
   accuracy = found[0]['rewards/accuracy']
   assert 0 < accuracy < 1
@@ -103,17 +95,22 @@ def test_samples_are_measured(temperature):
     top_p=1.0,
     batch_size=8,
     reward='length',
+    cost='negative',
   )
   params = worlds.params_of(config)
   values, records = evaluate(params, worlds.params_of(config, seed=1))
   assert [r['prompt'] for r in records] == ['one'] * 3 + ['three'] * 3
-  rewards = [len(r['response']) for r in records]
-  assert [r['reward'] for r in records] == rewards
-  np.testing.assert_allclose(values['reward'], np.mean(rewards))
-  by_prompt = np.reshape(rewards, (2, 3)).mean(1)
+  lengths = [len(r['response']) for r in records]
+  assert [r['reward'] for r in records] == lengths
+  np.testing.assert_allclose(values['reward'], np.mean(lengths))
+  by_prompt = np.reshape(lengths, (2, 3)).mean(1)
   np.testing.assert_allclose(
     values['reward_se'], abs(by_prompt[0] - by_prompt[1]) / 2
   )
+  costs = [r['cost'] for r in records]
+  assert costs == list(rewards.negative([], [r['response'] for r in records]))
+  np.testing.assert_allclose(values['cost'], np.mean(costs))
+  assert 0 <= values['cost_se'] <= 0.5
   # Only samples of the policy itself give an honest KL.
   assert ('kl' in values) == (temperature == 1.0)
   if temperature == 1.0:

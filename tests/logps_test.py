@@ -117,6 +117,55 @@ def test_kl_equals_full_vocabulary_sum():
   np.testing.assert_allclose(same, 0.0, atol=1e-6)
 
 
+def test_kl_has_the_gradient_of_the_sum():
+  first, second = arrays(0)[:2], arrays(1)[:2]
+
+  def by_hand(hidden, unembed, other, other_unembed):
+    p = jax.nn.log_softmax(jnp.einsum('RSD,VD->RSV', hidden, unembed))
+    q = jax.nn.log_softmax(jnp.einsum('RSD,VD->RSV', other, other_unembed))
+    return jnp.sum(jnp.exp(p) * (p - q), -1)
+
+  def total(function):
+    return jax.jit(jax.grad(lambda *x: jnp.sum(function(*x) ** 2), range(4)))
+
+  found = total(functools.partial(logps.token_kls, chunk=4))(*first, *second)
+  for ours, expected in zip(found, total(by_hand)(*first, *second)):
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('chunk', [7, 200])
+def test_collisions_come_from_the_same_pass_without_a_gradient(chunk):
+  hidden, unembed, target, weight = arrays()
+  values, collisions = logps.token_logps_and_collisions(
+    hidden, unembed, target, chunk
+  )
+  probs = jax.nn.softmax(jnp.einsum('RSD,VD->RSV', hidden, unembed))
+  expected = np.log((np.asarray(probs, np.float64) ** 2).sum(-1))
+  np.testing.assert_allclose(collisions, expected, atol=1e-5)
+
+  def first_alone(*inputs):
+    return logps.token_logps(*inputs, chunk)
+
+  def weighted_by_the_second(*inputs):
+    values, collisions = logps.token_logps_and_collisions(*inputs, chunk)
+    return values + 7.0 * collisions
+
+  plain = values_and_grads(first_alone, hidden, unembed, target, weight)
+  both = values_and_grads(
+    weighted_by_the_second, hidden, unembed, target, weight
+  )
+  np.testing.assert_allclose(values, plain[0], atol=1e-6)
+  for ours, expected in zip(both[1:], plain[1:]):
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_index_in_slot_counts_within_responses():
+  slots = jnp.array([[0, 0, 2, 0, 2, -1]])
+  np.testing.assert_array_equal(
+    logps.index_in_slot(slots, num_slots=3), [[0, 1, 0, 2, 1, 0]]
+  )
+
+
 def test_sums_leave_out_padding():
   values = jnp.array([[1.0, 2.0, 4.0, jnp.inf]])
   slots = jnp.array([[0, 2, 0, -1]])

@@ -60,9 +60,9 @@ def test_prepare_train_eval_sample(tmp_path):
   assert result.returncode == 0, result.stderr
   assert json.loads(result.stdout)['prompt'] == 'question'
 
-  result = dpo_jax('eval', *options(tmp_path, '--config.loss.beta=0.3'))
+  result = dpo_jax('eval', *options(tmp_path, '--config.loss.dpo.beta=0.3'))
   assert result.returncode != 0
-  assert 'loss.beta: 0.1 -> 0.3' in result.stderr
+  assert 'loss.dpo.beta: 0.1 -> 0.3' in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,11 @@ def test_prepare_train_eval_sample(tmp_path):
     (
       ['train', '--config=configs/sft.py', '--config.optim.lrr=1'],
       'Did you mean "lr"',
+    ),
+    (
+      ['train', '--config=configs/preference.py']
+      + ['--config.reference.alpha=0.5'],
+      "no key 'alpha' here",
     ),
     (['train', '--config=configs/sft.py'], 'add --workdir=DIR'),
     (['sample', '--config=configs/sft.py:debug'], '--prompt='),

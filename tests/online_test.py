@@ -1,10 +1,15 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from configs import constrained
 from configs import quickstart
+from dpo_jax import constraints
 from dpo_jax import online
+from dpo_jax import rewards
+from dpo_jax import settings
 
 
 def test_best_and_worst_of_each_prompt_make_its_pair():
@@ -71,6 +76,7 @@ def train_config(**changes):
     ({'seed': 3}, 'train.seed is set by the loop'),
     ({'data.source': 'x.jsonl'}, 'train.data.source is set by the loop'),
     ({'eval.samples.reward': 'length'}, 'reward is set by the loop'),
+    ({'eval.samples.cost': 'digits'}, 'cost is set by the loop'),
     ({'eval.samples.temperature': 0.7}, 'temperature 1'),
     ({'eval.samples.num_prompts': 0}, 'num_prompts'),
     ({'data.max_response_tokens': 4}, 'would cut; raise that above it'),
@@ -80,3 +86,222 @@ def test_what_would_fail_late_is_refused_at_the_start(changes, message):
   with pytest.raises(ValueError, match=message):
     online.check_train_config(train_config(**changes), max_new_tokens=4)
   online.check_train_config(train_config(), max_new_tokens=4)
+
+
+# --- Constraints ---
+
+
+@pytest.mark.parametrize(
+  'section, rounds, message',
+  [
+    ({'name': 'none', 'budget': 0.1}, 2, 'constraint.budget would do nothing'),
+    ({'name': 'digits'}, 2, 'takes budget, .* use configs/constrained.py'),
+    ({'name': 'digit'}, 2, "did you mean 'digits'"),
+    ({'budget': 1.5}, 2, 'budget is 1.5'),
+    ({'lr': 0.0}, 2, 'lr is 0.0'),
+    ({'start': 'new'}, 2, "start is 'new'; use 'first' or 'last'"),
+    ({}, 1, 'rounds is 1; set rounds to 2 or more'),
+  ],
+)
+def test_constraints_that_make_no_sense_are_refused(section, rounds, message):
+  good = constrained.get_config().constraint.to_dict()
+  online.read_constraint(good, rounds=2)
+  section = section if 'name' in section else good | section
+  with pytest.raises(ValueError, match=message):
+    online.read_constraint(section, rounds=rounds)
+
+
+@pytest.mark.parametrize(
+  'make, start, inits',
+  [
+    (quickstart, None, ['', 'round_1', 'round_2']),
+    (constrained, 'last', ['', 'round_1', 'round_2']),
+    (constrained, 'first', ['', '', '']),
+  ],
+)
+def test_rounds_start_and_price_the_cost_as_the_config_says(
+  monkeypatch, tmp_path, make, start, inits
+):
+  seen = []
+
+  def write_pairs(config, prompts, directory, reward, *, cost, multiplier, **_):
+    del prompts, directory, reward
+    init = config.init and config.init.split('/')[-2]
+    seen.append((init, config.eval.samples.cost, cost, multiplier))
+
+  def write_constraint(directory, multiplier, *, budget, lr):
+    del directory, budget, lr
+    return {'next_multiplier': multiplier + 1.5}
+
+  monkeypatch.setattr(online, 'write_pairs', write_pairs)
+  monkeypatch.setattr(online, 'write_constraint', write_constraint)
+  monkeypatch.setattr(online, 'write_report', lambda *_: '')
+  monkeypatch.setattr(online.train, 'train', lambda *_: None)
+  config = make.get_config('debug')
+  config.rounds = 3
+  name, cost, multipliers = 'none', None, [0.0, 0.0, 0.0]
+  if start:
+    name, cost, multipliers = 'digits', rewards.digits, [0.25, 1.75, 3.25]
+    config.constraint.start, config.constraint.multiplier = start, 0.25
+  online.run(settings.Settings(config.to_dict()), str(tmp_path))
+  assert seen == [(i, name, cost, m) for i, m in zip(inits, multipliers)]
+
+
+BUDGET, LR = 0.25, 40.0
+
+
+def long(prompts, responses):
+  """A constraint that contradicts the reward `length`."""
+  del prompts
+  return np.array([min(1.0, len(text) / 4) for text in responses])
+
+
+def small_config(make, folder):
+  """A debug config with few, short prompts and a single update a round."""
+  path = folder / 'prompts.json'
+  prompts = {'train': [f'{i}:' for i in range(16)], 'test': ['a:', 'b:']}
+  path.write_text(json.dumps(prompts))
+  config = make.get_config('debug')
+  config.prompts = str(path)
+  config.train.num_steps = 1
+  config.train.data.row_length = 128
+  config.train.data.cache_dir = str(folder / 'data')
+  return config
+
+
+def constrained_config(folder):
+  config = small_config(constrained, folder)
+  config.constraint.name = 'long'
+  config.constraint.budget, config.constraint.lr = BUDGET, LR
+  return settings.Settings(config.to_dict())
+
+
+@pytest.fixture(scope='module')
+def constrained_run(tmp_path_factory):
+  """(folder, text) of two rounds under the constraint `long`."""
+  folder = tmp_path_factory.mktemp('constrained')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(rewards.CONSTRAINTS, 'long', long)
+    text = online.run(constrained_config(folder), str(folder / 'run'))
+    yield folder, text
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def priced(folder, number):
+  path = folder / 'run' / f'round_{number}' / 'constraint.json'
+  return json.loads(path.read_text())
+
+
+def test_the_multiplier_moves_by_lr_times_the_final_samples_excess(
+  constrained_run,
+):
+  folder, _ = constrained_run
+  multiplier = 0.0
+  for number in (1, 2):
+    samples = lines(
+      folder / 'run' / f'round_{number}' / 'train' / 'samples.jsonl'
+    )
+    last = [s for s in samples if s['step'] == samples[-1]['step']]
+    costs = long(None, [s['response'] for s in last])
+    assert [s['cost'] for s in last] == costs.tolist()
+    found = priced(folder, number)
+    assert found == {
+      'multiplier': multiplier,
+      'mean_cost': pytest.approx(costs.mean(), rel=1e-12),
+      'budget': BUDGET,
+      'lr': LR,
+      'next_multiplier': pytest.approx(
+        max(0.0, multiplier + LR * (costs.mean() - BUDGET)), rel=1e-12
+      ),
+    }
+    multiplier = found['next_multiplier']
+  assert priced(folder, 2)['multiplier'] > 4.0  # from here on short is better
+
+
+def test_pairs_are_ranked_by_the_reward_less_the_priced_cost(constrained_run):
+  folder, _ = constrained_run
+  longer = []
+  for number in (1, 2):
+    directory = folder / 'run' / f'round_{number}'
+    multiplier = priced(folder, number)['multiplier']
+    completions = lines(directory / 'completions.jsonl')
+    assert [c['cost'] for c in completions] == long(
+      None, [c['response'] for c in completions]
+    ).tolist()
+    scores = {
+      (c['prompt'], c['response']): constraints.effective_rewards(
+        c['reward'], c['cost'], multiplier
+      )
+      for c in completions
+    }
+    pairs = lines(directory / 'pairs.jsonl')
+    for pair in pairs:
+      chosen, rejected = (
+        (pair['prompt'], pair['chosen']),
+        (
+          pair['prompt'],
+          pair['rejected'],
+        ),
+      )
+      assert scores[chosen] > scores[rejected]
+    longer.append({len(p['chosen']) > len(p['rejected']) for p in pairs})
+  assert longer == [{True}, {False}]
+
+
+def test_the_report_has_the_cost_and_the_multiplier(constrained_run):
+  folder, text = constrained_run
+  assert text.count('mean cost') == 2
+  found = priced(folder, 2)
+  assert (
+    f'multiplier of the cost {found["multiplier"]:.3f}, next'
+    f' {found["next_multiplier"]:.3f}; budget 0.250'
+  ) in text
+  report = json.loads((folder / 'run' / 'round_2' / 'report.json').read_text())
+  assert report['constraint'] == found
+  assert report['after']['cost'] == found['mean_cost']
+  assert 'cost_se' in report['before']
+
+
+def test_a_killed_run_finds_the_same_multipliers_and_pairs(constrained_run):
+  folder, text = constrained_run
+  files = [
+    path
+    for name in ('constraint.json', 'pairs.jsonl', 'completions.jsonl')
+    for path in (folder / 'run').glob(f'round_*/{name}')
+  ]
+  assert len(files) == 6
+  before = [path.read_bytes() for path in files]
+  # Killed after the first round was trained, before anything said so.
+  shutil.rmtree(folder / 'run' / 'round_2')
+  for name in ('constraint.json', 'report.txt', 'report.json'):
+    (folder / 'run' / 'round_1' / name).unlink()
+  assert online.run(constrained_config(folder), str(folder / 'run')) == text
+  assert [path.read_bytes() for path in files] == before
+
+
+def test_without_a_constraint_pairs_are_those_of_multiplier_zero(
+  constrained_run, tmp_path
+):
+  folder, _ = constrained_run
+  config = small_config(quickstart, tmp_path)
+  config.train.seed = 0  # of the first round
+  online.write_pairs(
+    settings.Settings(config.train.to_dict()),
+    online.read_prompts(config.prompts)['train'],
+    str(tmp_path),
+    rewards.get(config.reward),
+    cost=None,
+    multiplier=0.0,
+    **config.sampling,
+  )
+  first = folder / 'run' / 'round_1'
+  pairs = (tmp_path / 'pairs.jsonl').read_bytes()
+  assert pairs == (first / 'pairs.jsonl').read_bytes()
+  costly = lines(first / 'completions.jsonl')
+  assert lines(tmp_path / 'completions.jsonl') == [
+    {name: value for name, value in row.items() if name != 'cost'}
+    for row in costly
+  ]

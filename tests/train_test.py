@@ -30,10 +30,11 @@ def losses_of(workdir, name='train/loss'):
   return [r[name] for r in metrics.read(workdir) if name in r]
 
 
-@pytest.mark.parametrize('mode', ['frozen', 'cached'])
+@pytest.mark.parametrize('mode', ['frozen', 'cached', 'ema'])
 def test_loss_is_ln_2_before_the_first_update(tmp_path, mode):
-  changes = {'reference.mode': mode, 'optim.lr': 1e-3}
-  config = worlds.debug_config(tmp_path, **changes)
+  config = worlds.debug_config(
+    tmp_path, f'reference={mode}', **{'optim.lr': 1e-3}
+  )
   train.train(config, tmp_path / 'run')
   for name in ('train/loss', 'heldout/loss'):
     first = losses_of(tmp_path / 'run', name)[0]
@@ -44,9 +45,7 @@ def test_cached_reference_equals_frozen_and_is_reused(tmp_path, monkeypatch):
   changes = {'optim.lr': 1e-2, 'optim.warmup_steps': 0, 'num_steps': 4}
   found = {}
   for mode in ('frozen', 'cached'):
-    config = worlds.debug_config(
-      tmp_path, **changes, **{'reference.mode': mode}
-    )
+    config = worlds.debug_config(tmp_path, f'reference={mode}', **changes)
     train.train(config, tmp_path / mode)
     found[mode] = losses_of(tmp_path / mode)
   assert found['frozen'][-1] < 0.65
@@ -55,8 +54,8 @@ def test_cached_reference_equals_frozen_and_is_reused(tmp_path, monkeypatch):
   monkeypatch.setattr(ref_cache, 'compute', None)  # a miss would call it
   other = worlds.debug_config(
     tmp_path,
-    'loss=ipo_sum',
-    **{'reference.mode': 'cached', 'optim.lr': 3e-3, 'batch_size': 16},
+    'loss=ipo_sum,reference=cached',
+    **{'optim.lr': 3e-3, 'batch_size': 16},
   )
   train.train(other, tmp_path / 'other')
   assert len(losses_of(tmp_path / 'other')) == 2
@@ -98,6 +97,92 @@ def test_every_pair_loss_learns(tmp_path, arg):
     values = losses_of(tmp_path / 'run', name)
     assert values[-1] < 0.9 * values[0], name
   assert losses_of(tmp_path / 'run', 'heldout/rewards/accuracy')[-1] > 0.9
+
+
+@pytest.mark.parametrize(
+  'arg, changes, metric',
+  [
+    ('loss=kto', {}, 'rewards/desirable'),
+    ('loss=bco', {'data.form': 'unpaired'}, 'rewards/desirable'),
+    ('loss=tdpo2', {}, 'rewards/margin'),
+    ('loss=dpo', {'loss.dpo.weighting': 'wpo'}, 'rewards/margin'),
+    (
+      'loss=dpo+likelihood_penalty',
+      {'data.constraint': 'negative', 'loss.likelihood_penalty.weight': 0.1},
+      'rewards/margin',
+    ),
+  ],
+)
+def test_other_forms_and_choices_learn(tmp_path, arg, changes, metric):
+  config = worlds.debug_config(
+    tmp_path,
+    arg + ',optim=adamw',
+    **changes,
+    **{'num_steps': 12, 'optim.lr': 5e-3, 'eval.every': 12},
+  )
+  train.train(config, tmp_path / 'run')
+  loss = losses_of(tmp_path / 'run', 'heldout/loss')
+  assert loss[-1] < loss[0] - 1e-3
+  reward = losses_of(tmp_path / 'run', f'heldout/{metric}')
+  assert reward[-1] > reward[0] + 0.01
+
+
+def test_rankings_train(tmp_path):
+  config = worlds.debug_config(
+    tmp_path,
+    'loss=plackett_luce,optim=adamw',
+    **{'num_steps': 12, 'optim.lr': 5e-3, 'data.form': 'rankings'},
+  )
+  worlds.write_rankings(tmp_path)
+  train.train(config, tmp_path / 'run')
+  loss = losses_of(tmp_path / 'run', 'heldout/loss')
+  assert abs(loss[0] - math.log(6)) < 1e-5  # all orders of three alike
+  assert loss[-1] < 0.9 * loss[0]
+  assert losses_of(tmp_path / 'run', 'heldout/rewards/accuracy')[-1] > 0.9
+
+
+def test_a_reference_that_never_moves_is_a_frozen_one(tmp_path):
+  fast = {'optim.lr': 5e-3, 'optim.warmup_steps': 0, 'num_steps': 5}
+  ends = []
+  for arg, changes in [
+    ('reference=frozen', {}),
+    ('reference=ema', {'reference.alpha': 0.0, 'reference.every': 1}),
+  ]:
+    config = worlds.debug_config(tmp_path, arg, **changes, **fast)
+    workdir = tmp_path / arg
+    params = jax.device_get(train.train(config, workdir))
+    ends.append(
+      (params, losses_of(workdir), losses_of(workdir, 'heldout/loss'))
+    )
+  jax.tree.map(np.testing.assert_array_equal, ends[0], ends[1])
+  assert ends[0][1][-1] < 0.68
+
+
+def test_a_hard_update_makes_the_reference_the_policy(tmp_path):
+  config = worlds.debug_config(
+    tmp_path,
+    'reference=ema',
+    **{'reference.alpha': 1.0, 'reference.every': 2, 'num_steps': 6},
+    **{'optim.lr': 5e-3, 'optim.warmup_steps': 0, 'eval.every': 1},
+  )
+  train.train(config, tmp_path / 'run')
+  loss = losses_of(tmp_path / 'run')
+  even = [abs(x - math.log(2)) < 1e-6 for x in loss]
+  assert even == [True, False] * 3
+  distance = losses_of(tmp_path / 'run', 'train/reference_distance')
+  assert [d == 0.0 for d in distance] == [False, True] * 3
+  # Held-out loss is against the reference that moves, too.
+  heldout = losses_of(tmp_path / 'run', 'heldout/loss')
+  assert [abs(x - math.log(2)) < 1e-6 for x in heldout] == [True, False] * 3 + [
+    True
+  ]
+
+
+def test_weights_a_batch_loss_cannot_apply_are_refused(tmp_path):
+  config = worlds.debug_config(tmp_path, 'loss=aot')
+  worlds.write_pairs(tmp_path, weight=0.5)
+  with pytest.raises(ValueError, match="loss 'aot', a function of the whole"):
+    train.train(config, tmp_path / 'run')
 
 
 def test_sft_learns_and_reports_a_token_mean(tmp_path):
@@ -174,16 +259,23 @@ def command(config, workdir):
   )
 
 
-@pytest.mark.parametrize('mode, kill_at', [('frozen', 8), ('cached', 5)])
+@pytest.mark.parametrize(
+  'arg, kill_at',
+  [
+    ('reference=frozen', 8),
+    ('reference=cached', 5),
+    ('reference=ema,loss=dpo+bco', 6),
+  ],
+)
 def test_killed_and_resumed_equals_uninterrupted_bitwise(
-  tmp_path, mode, kill_at
+  tmp_path, arg, kill_at
 ):
   config = worlds.debug_config(
     tmp_path,
-    'optim=adamw',
+    f'optim=adamw,{arg}',
+    **({'reference.every': 4} if 'ema' in arg else {}),
     **{
       'num_steps': 24,
-      'reference.mode': mode,
       'optim.lr': 1e-3,
       'checkpoint.every': 3,
       'eval.every': 5,
@@ -237,11 +329,18 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
   [
     ('', {'batch_size': 30}, 'use 24 or 32'),
     ('', {'eval.batch_size': 4}, 'eval.batch_size 4 .* use 8'),
-    ('', {'reference.mode': 'none'}, 'needs a reference'),
-    ('loss=sft', {'reference.mode': 'frozen'}, 'uses no reference'),
-    ('', {'reference.mode': 'ema'}, 'use one of'),
+    ('reference=none', {}, 'needs a reference'),
+    ('loss=sft,reference=frozen', {}, 'uses no reference'),
+    ('', {'reference.mode': 'emma'}, "did you mean 'ema'"),
+    ('', {'reference.mode': 'cached'}, 'behind the colon'),
+    ('reference=ema', {'reference.every': 0}, 'reference.every be 1 or more'),
+    ('loss=tdpo1,reference=cached', {}, 'is not cached'),
+    ('loss=kto', {'data.form': 'pairs'}, 'learn from unpaired'),
+    ('', {'loss.dpo.labels': 'soft'}, "labels 'soft' would change nothing"),
+    ('', {'loss.dpo.reduction': 'ld'}, 'number behind a colon'),
+    ('loss=likelihood_penalty', {}, 'set data.constraint'),
+    ('', {'data.constraint': 'digits'}, 'no loss looks at costs'),
     ('', {'data.row_length': 20}, 'raise it to at least'),
-    ('', {'loss.name': 'dpoo'}, "did you mean 'dpo'"),
     ('', {'model.remat': 'all'}, 'model.remat'),
     ('', {'model.source': 'debug-lama'}, "did you mean 'debug-llama'"),
     ('', {'num_steps': 0}, 'set one of num_steps and epochs'),
@@ -285,7 +384,7 @@ def test_soft_labels_are_used_or_refused(tmp_path):
   config = worlds.debug_config(
     tmp_path,
     'loss=soft,optim=adamw',
-    **{'num_steps': 40, 'optim.lr': 1e-2, 'loss.beta': 1.0},
+    **{'num_steps': 40, 'optim.lr': 1e-2, 'loss.soft.beta': 1.0},
   )
   worlds.write_pairs(tmp_path, p=0.7)
   train.train(config, tmp_path / 'run')
@@ -344,7 +443,7 @@ def test_a_whole_state_goes_on_in_a_new_workdir(tmp_path):
   other = worlds.debug_config(
     tmp_path, 'loss=ipo_sum', resume=str(tmp_path / 'first'), **changes
   )
-  with pytest.raises(ValueError, match=r"loss.name: 'dpo' -> 'ipo_sum'"):
+  with pytest.raises(ValueError, match=r'loss.dpo|loss.ipo_sum'):
     train.train(other, tmp_path / 'third')
   other = worlds.debug_config(
     tmp_path, 'optim=rmsprop', resume=str(tmp_path / 'first'), **changes

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import preference
+from dpo_jax import objectives
 from dpo_jax import settings
 from dpo_jax.data import examples
+from dpo_jax.losses import table
 from dpo_jax.models import transformer
 
 LLAMA = transformer.TransformerConfig(
@@ -58,6 +60,21 @@ def params_of(config, seed=0, *, size=0.1):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def make_sums(config, loss='dpo', *, reference='frozen', **more):
+  """`objectives.make_sums` of losses written as behind the colon of a config.
+
+  `more` replaces the other arguments: chunk 16, pairs without rewards.
+  """
+  arguments = {'chunk': 16, 'responses': 2, 'form': 'pairs', 'rewards': False}
+  section = loss if isinstance(loss, dict) else table.section(loss)
+  return objectives.make_sums(
+    config,
+    table.bind(section),
+    reference=reference,
+    **(arguments | more),
+  )
+
+
 def make_groups(number, *, responses=2, seed=0, vocab=50, prompt=9, answer=7):
   """Groups of random tokens and ragged lengths."""
   rng = np.random.default_rng(seed)
@@ -94,6 +111,24 @@ def write_pairs(folder, number=40, **extra):
   return path
 
 
+def write_rankings(folder, number=40):
+  """Writes rankings (more vowels are better) where `write_pairs` did."""
+  rng = np.random.default_rng(0)
+  rows = [
+    {
+      'prompt': f'question {i}: ',
+      'responses': [
+        ''.join(rng.choice(list(letters), rng.integers(3, 12)))
+        for letters in ('aeiou ', 'aeibcd ', 'bcdfg ')
+      ],
+    }
+    for i in range(number)
+  ]
+  path = folder / 'pairs.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return path
+
+
 def debug_config(tmp_path, arg='loss=dpo', /, **changes):
   """The debug variant of configs/preference.py on `write_pairs`, as Settings.
 
@@ -103,7 +138,8 @@ def debug_config(tmp_path, arg='loss=dpo', /, **changes):
   config.data.source = str(write_pairs(tmp_path))
   config.data.cache_dir = str(tmp_path / 'data')
   config.data.row_length = 128
-  config.reference.cache_dir = str(tmp_path / 'reference')
+  if config.reference.mode == 'cached':
+    config.reference.cache_dir = str(tmp_path / 'reference')
   config.eval.samples.num_prompts = 0
   config.update_from_flattened_dict(changes)
   return settings.Settings(config.to_dict())

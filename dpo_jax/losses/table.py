@@ -1,155 +1,343 @@
-"""Preference losses: pure functions of sequence scores, one table.
+"""The table of losses, and how a config's section becomes functions.
 
-Conventions (all losses are minimised):
-  rho = log pi(y|x) - log pi_ref(y|x), summed over the tokens of y (EOS
-  included, prompt excluded); h = rho(chosen) - rho(rejected).
-Every function maps `Scores` with leading dims [...] to per-group losses
-[...]: no mean over the batch, no config, no mesh. `LOSSES` at the bottom is
-the only place where a loss has a name.
+A term is a loss with its choices: weight, reduction, weighting, labels, and
+the keywords of its function. Several terms are summed. `LOSSES` is the only
+place where a loss has a name.
 """
 
 import functools
+import inspect
+import math
 from collections.abc import Callable
-from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dpo_jax import names
+from dpo_jax.losses import batchwise
+from dpo_jax.losses import choices
+from dpo_jax.losses import levels
+from dpo_jax.losses import likelihoods
+from dpo_jax.losses import margins
+from dpo_jax.losses import scoring
 
-
-class Scores(NamedTuple):
-  """What a loss may look at; float32.
-
-  Pairs keep chosen at [..., 0] and rejected at [..., 1].
-  """
-
-  policy: Any  # [..., K] summed log pi
-  ref: Any  # [..., K] summed log pi_ref; zeros without a reference
-  lengths: Any  # [..., K] scored tokens, EOS included
-  p: Any  # [...] probability that chosen is really preferred
-
-
-def _margin(scores):
-  """h, [...]."""
-  rho = scores.policy - scores.ref
-  return rho[..., 0] - rho[..., 1]
-
-
-def implicit_rewards(scores, *, beta):
-  """beta * rho, [..., K]: the reward DPO's policy stands for (eq. 5)."""
-  return jax.lax.stop_gradient(beta * (scores.policy - scores.ref))
-
-
-def dpo(scores, *, beta):
-  """-log sigmoid(beta h). DPO, eq. 7, arXiv:2305.18290."""
-  return -jax.nn.log_sigmoid(beta * _margin(scores))
-
-
-def cdpo(scores, *, beta, label_smoothing):
-  """DPO with labels flipped with probability `label_smoothing`.
-
-  -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h): "conservative DPO",
-  E. Mitchell, "A note on DPO with noisy preferences" (2023). Biased towards
-  sigmoid(beta h) = 1 - e; e = 0 is DPO.
-  """
-  z = beta * _margin(scores)
-  return -(
-    (1.0 - label_smoothing) * jax.nn.log_sigmoid(z)
-    + label_smoothing * jax.nn.log_sigmoid(-z)
-  )
-
-
-def soft(scores, *, beta):
-  """DPO with a probability as label: cDPO with e = 1 - p for each pair."""
-  z = beta * _margin(scores)
-  return -(
-    scores.p * jax.nn.log_sigmoid(z) + (1.0 - scores.p) * jax.nn.log_sigmoid(-z)
-  )
-
-
-def ipo_sum(scores, *, beta):
-  """(h - 1/(2 beta))^2 on summed log-ratios. IPO, eq. 17, arXiv:2310.12036.
-
-  `beta` is the paper's tau. This is the paper's and the DPO authors' form;
-  TRL's `ipo` is `ipo_mean`.
-  """
-  return (_margin(scores) - 1.0 / (2.0 * beta)) ** 2
-
-
-def ipo_mean(scores, *, beta):
-  """IPO on per-token means of each response's log-ratio.
-
-  What TRL and HALOs call `ipo`. The target margin 1/(2 beta) is then per
-  token, so `beta` is not comparable with `ipo_sum`'s.
-  """
-  rho = (scores.policy - scores.ref) / scores.lengths
-  return (rho[..., 0] - rho[..., 1] - 1.0 / (2.0 * beta)) ** 2
-
-
-def sft(scores, *, reduction):
-  """-log pi(y|x) of the first response.
-
-  reduction 'sum' is the DPO authors' form, 'mean' divides by the response's
-  own length.
-  """
-  if reduction not in ('sum', 'mean'):
-    raise ValueError(f"sft: reduction {reduction!r}; use 'sum' or 'mean'")
-  nll = -scores.policy[..., 0]
-  return nll / scores.lengths[..., 0] if reduction == 'mean' else nll
-
-
-def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-  """DPO exactly as in the paper's appendix B (arXiv:2305.18290).
-
-  Args:
-    pi_logps: [B] summed policy log-probs of all completions.
-    ref_logps: [B] the same under the reference.
-    yw_idxs: [T] indices of the preferred completion of each pair.
-    yl_idxs: [T] indices of the dispreferred one.
-    beta: temperature of the KL penalty.
-
-  Returns:
-    losses [T], and rewards [B] without gradient.
-  """
-  pairs = jnp.stack([yw_idxs, yl_idxs], axis=-1)
-  p = jnp.ones(pairs.shape[0])
-  scores = Scores(pi_logps[pairs], ref_logps[pairs], jnp.ones(pairs.shape), p)
-  everything = Scores(pi_logps, ref_logps, None, None)
-  return dpo(scores, beta=beta), implicit_rewards(everything, beta=beta)
+_OF_PAIRS = ('sum', 'mean', 'ld', 'ld_mean')  # reductions
 
 
 class Loss(NamedTuple):
-  """A table row: the function and what it needs."""
+  """A table row: the function and what it needs and supports."""
 
-  function: Callable
-  responses: int  # per prompt
-  reference: bool  # needs reference log-probs
-  soft_labels: bool  # uses Scores.p
-  defaults: dict  # keyword arguments; configs copy them
+  function: Callable  # (scores, **keywords) -> [...]; its defaults are ours
+  forms: tuple = ('pairs',)  # of data; the first is the usual one
+  reference: bool = True  # needs reference log-probs
+  preference: bool = True  # looks at which response is better
+  reductions: tuple = _OF_PAIRS  # the first is the usual one
+  weightings: tuple = tuple(choices.WEIGHTINGS)
+  needs: tuple = ()  # optional fields of Scores that it looks at
+  batchwise: bool = False  # groups cannot be weighted one by one
+  mismatched: bool = False  # responses come with another prompt's
+  ordered: bool = False  # rankings must have no ties
+  remember: Callable | None = None  # (scores, **keywords) -> Scores.memory
 
+
+_KWISE = ('pairs', 'rankings')
+_EQUAL = ('none',)  # weightings
 
 LOSSES = {
-  'dpo': Loss(dpo, 2, True, False, {'beta': 0.1}),
-  'cdpo': Loss(cdpo, 2, True, False, {'beta': 0.1, 'label_smoothing': 0.1}),
-  'soft': Loss(soft, 2, True, True, {'beta': 0.1}),
-  'ipo_sum': Loss(ipo_sum, 2, True, False, {'beta': 0.1}),
-  'ipo_mean': Loss(ipo_mean, 2, True, False, {'beta': 0.1}),
-  'sft': Loss(sft, 1, False, False, {'reduction': 'sum'}),
+  # of the margin
+  'dpo': Loss(margins.dpo),
+  'cdpo': Loss(margins.cdpo),
+  'soft': Loss(margins.soft, needs=('p',)),
+  'robust': Loss(margins.robust),
+  'dpo_norm': Loss(margins.dpo_norm, reductions=('mean', 'ld_mean')),
+  'ipo_sum': Loss(margins.ipo_sum, reductions=('sum', 'ld')),
+  'ipo_mean': Loss(margins.ipo_mean, reductions=('mean', 'ld_mean')),
+  'hinge': Loss(margins.hinge),
+  'discopop': Loss(margins.discopop),
+  'r_dpo': Loss(margins.r_dpo),
+  'dpop': Loss(margins.dpop, reductions=('sum', 'ld')),
+  'rpo': Loss(margins.rpo, reductions=('sum',)),
+  'tdpo1': Loss(margins.tdpo1, reductions=('sum',), needs=('kls',)),
+  'tdpo2': Loss(margins.tdpo2, reductions=('sum',), needs=('kls',)),
+  'plackett_luce': Loss(margins.plackett_luce, _KWISE, ordered=True),
+  'infonca': Loss(margins.infonca, _KWISE, needs=('p', 'rewards')),
+  'exo': Loss(margins.exo, _KWISE, needs=('p', 'rewards')),
+  # of each response's level
+  'nca': Loss(levels.nca, _KWISE, needs=('p', 'rewards')),
+  'bco': Loss(
+    levels.bco,
+    ('pairs', 'unpaired'),
+    needs=('memory',),
+    remember=levels.bco_memory,
+  ),
+  'sppo': Loss(levels.sppo, needs=('p',)),
+  'apo_zero': Loss(levels.apo_zero),
+  'apo_down': Loss(levels.apo_down),
+  'apo_zero_unpaired': Loss(
+    levels.apo_zero_unpaired,
+    ('unpaired',),
+    reductions=('sum', 'mean'),
+    needs=('p',),
+  ),
+  # of the whole batch
+  'kto': Loss(
+    batchwise.kto,
+    ('unpaired',),
+    reductions=('sum', 'mean'),
+    weightings=_EQUAL,
+    needs=('p',),
+    mismatched=True,
+  ),
+  'dr_dpo': Loss(batchwise.dr_dpo, weightings=_EQUAL, batchwise=True),
+  'aot': Loss(batchwise.aot, weightings=_EQUAL, batchwise=True),
+  'aot_unpaired': Loss(
+    batchwise.aot_unpaired, weightings=_EQUAL, batchwise=True
+  ),
+  # of the policy's own likelihood
+  'sft': Loss(
+    likelihoods.sft,
+    ('sft', 'pairs', 'rankings'),
+    reference=False,
+    preference=False,
+    reductions=('sum', 'mean', 'batch_mean'),
+  ),
+  'unlikelihood': Loss(
+    likelihoods.unlikelihood, reference=False, reductions=('sum', 'mean')
+  ),
+  'token_unlikelihood': Loss(
+    likelihoods.token_unlikelihood,
+    reference=False,
+    reductions=('sum',),
+    needs=('complements',),
+  ),
+  'slic': Loss(likelihoods.slic, reference=False, reductions=('sum', 'mean')),
+  'simpo': Loss(likelihoods.simpo, reference=False, reductions=('mean', 'sum')),
+  'orpo': Loss(likelihoods.orpo, reference=False, reductions=('mean',)),
+  'cpo': Loss(likelihoods.cpo, reference=False, reductions=('sum',)),
+  'likelihood_penalty': Loss(
+    likelihoods.likelihood_penalty,
+    _KWISE,
+    reference=False,
+    preference=False,
+    reductions=('mean',),
+    needs=('costs',),
+  ),
+}
+
+# Sums of losses that have a name of their own: loss -> the options it sets.
+SUMS = {
+  # Mixed preference optimization, Wang et al. 2024, arXiv:2411.10442, with the
+  # weights of TRL's documentation.
+  'mpo': {
+    'dpo': {'weight': 0.8},
+    'bco': {'weight': 0.2, 'shift': 'none', 'beta': 0.1},
+    'sft': {'weight': 1.0, 'reduction': 'batch_mean'},
+  },
+}
+
+# What other libraries call our losses: name there -> (name here, options).
+ELSEWHERE = {
+  'sigmoid': ('dpo', {}),
+  'sigmoid_norm': ('dpo_norm', {}),
+  'rso': ('hinge', {}),
+  'exo_pair': ('exo', {}),
+  'nca_pair': ('nca', {}),
+  'bco_pair': ('bco', {'shift': 'none'}),
+  'sppo_hard': ('sppo', {}),
+  'aot_pair': ('aot', {}),
+  'kto_pair': ('kto', {}),
+}
+# Names that mean different things elsewhere.
+AMBIGUOUS = {
+  'ipo': "'ipo_sum' (the paper's) or 'ipo_mean' (TRL's)",
+  'tdpo': "'tdpo1' or 'tdpo2'",
+  'apo': "'apo_zero', 'apo_down' or 'apo_zero_unpaired'",
 }
 
 
 def get(name):
   """Returns the table row; an unknown name raises with the nearest one."""
+  if name in AMBIGUOUS:
+    raise ValueError(f'loss {name!r} is ambiguous; use {AMBIGUOUS[name]}')
   return names.look_up(LOSSES, 'loss', name)
 
 
-def bind(name, keywords):
-  """Returns (row, function of scores alone); keywords must fit exactly."""
+def options(name, **changes):
+  """Returns all options of a loss with their defaults, as configs hold them."""
   loss = get(name)
-  if set(keywords) != set(loss.defaults):
+  out = {
+    'weight': 1.0,  # of this loss in the sum
+    'reduction': loss.reductions[0],
+    'weighting': 'none',
+    'labels': 'hard',  # see `choices.LABELS`
+  }
+  for keyword in _keywords(loss.function).values():
+    default = keyword.default
+    if keyword.name == 'link':
+      default = next(k for k, f in choices.LINKS.items() if f is default)
+    out[keyword.name] = default
+  unknown = set(changes) - set(out)
+  if unknown:
+    raise ValueError(f'loss {name!r} takes {sorted(out)}, not {min(unknown)!r}')
+  return out | changes
+
+
+def section(text):
+  """Reads 'dpo', 'dpo+sft', 'mpo' or a name from elsewhere: {name: options}."""
+  if text in SUMS:
+    return {name: options(name, **o) for name, o in SUMS[text].items()}
+  out = {}
+  for part in str(text).split('+'):
+    name, changes = ELSEWHERE.get(part, (part, {}))
+    if name in out:
+      raise ValueError(f'loss {name!r} stands twice in {text!r}')
+    out[name] = options(name, **changes)
+  return out
+
+
+def common_forms(loss_names):
+  """Returns the forms of data that all of these losses can learn from."""
+  rows = [get(name) for name in loss_names]
+  forms = [
+    form for form in rows[0].forms if all(form in row.forms for row in rows)
+  ]
+  if not forms:
+    needs = ', '.join(f'{n!r} {"/".join(get(n).forms)}' for n in loss_names)
+    raise ValueError(f'no form of data suits all of these losses: {needs}')
+  return forms
+
+
+class Term(NamedTuple):
+  """One loss of a sum, with everything chosen."""
+
+  name: str
+  loss: Loss
+  function: Callable  # scores -> [...]
+  weight: float
+  reduction: str
+  reduce: Callable  # see `choices`
+  weighting: str
+  weigh: Callable  # see `choices`
+  soft: bool
+  remember: Callable | None  # scores -> Scores.memory
+  reward_scale: float  # times rho: the reward that is logged
+
+
+def bind(terms):
+  """Turns a config's {loss: options} into terms, or says what does not fit.
+
+  Every option must be there, and be supported by its loss.
+  """
+  if not terms:
+    raise ValueError('no loss is given; name one of the table')
+  return tuple(_bind(name, dict(values)) for name, values in terms.items())
+
+
+def _bind(name, values):
+  loss = get(name)
+  if set(values) != set(options(name)):
     raise ValueError(
-      f'loss {name!r} takes {sorted(loss.defaults)}, got {sorted(keywords)}'
+      f'loss {name!r} takes {sorted(options(name))}, got {sorted(values)}'
     )
-  return loss, functools.partial(loss.function, **keywords)
+  weight, reduction, weighting, labels = (
+    values.pop(key) for key in ('weight', 'reduction', 'weighting', 'labels')
+  )
+  if not 0.0 < weight < math.inf:
+    raise ValueError(f'loss {name!r}: weight {weight} must be above 0')
+  reduce = choices.choose(choices.REDUCTIONS, 'reduction', reduction)
+  kind = reduction.partition(':')[0]
+  if kind not in loss.reductions:
+    raise ValueError(
+      f'loss {name!r} supports no reduction {kind!r}; use one of'
+      f' {loss.reductions}'
+    )
+  weigh = choices.choose(choices.WEIGHTINGS, 'weighting', weighting)
+  if weighting not in loss.weightings:
+    raise ValueError(
+      f'loss {name!r} supports no weighting {weighting!r}; use one of'
+      f' {loss.weightings}'
+    )
+  soft = names.look_up(choices.LABELS, 'labels', labels)
+  if soft and (
+    loss.batchwise
+    or not loss.preference
+    or 'p' in loss.needs
+    or 'pairs' not in loss.forms
+  ):
+    raise ValueError(
+      f"loss {name!r} supports no soft labels; leave labels at 'hard'"
+      + (': it uses p itself' if 'p' in loss.needs else '')
+    )
+  link = values.get('link')
+  if link is not None:
+    values['link'] = choices.choose(choices.LINKS, 'link', link)
+    if link != 'reverse_kl' and kind in ('mean', 'ld_mean'):
+      raise ValueError(
+        f'loss {name!r}: link {link!r} is a function of the ratio of whole'
+        " responses; use reduction 'sum' or 'ld'"
+      )
+  function = functools.partial(loss.function, **values)
+  jax.eval_shape(function, _ANY)  # raises where a value makes no sense
+  remember = loss.remember and functools.partial(loss.remember, **values)
+  return Term(
+    name=name,
+    loss=loss,
+    function=function,
+    weight=weight,
+    reduction=reduction,
+    reduce=reduce,
+    weighting=weighting,
+    weigh=weigh,
+    soft=soft,
+    remember=remember,
+    reward_scale=values.get('beta', 1.0),
+  )
+
+
+# Scores with everything, and more responses than anybody has.
+_ANY = scoring.Scores(
+  *[jnp.zeros((1, 99))] * 3,
+  p=jnp.ones(1),
+  mask=jnp.ones(1, bool),
+  **dict.fromkeys(
+    ('rewards', 'costs', 'kls', 'complements', 'confidences'),
+    jnp.zeros((1, 99)),
+  ),
+)
+
+
+def _keywords(function):
+  parameters = inspect.signature(function).parameters
+  return {k: v for k, v in parameters.items() if v.kind is v.KEYWORD_ONLY}
+
+
+def values(term, scores):
+  """Returns the losses of a term [...], its own weight not yet applied."""
+  out = term.function(scores)
+  if term.soft:
+    if scores.policy.shape[-1] != 2:
+      raise ValueError(
+        f"loss {term.name!r}: labels 'soft' are for pairs, not for"
+        f' {scores.policy.shape[-1]} responses'
+      )
+    flipped = scores._replace(
+      **{
+        field: value[..., ::-1] if jnp.ndim(value) else value
+        for field, value in scores._asdict().items()
+        if field in scoring.OF_RESPONSES and value is not None
+      }
+    )
+    out = scores.p * out + (1.0 - scores.p) * term.function(flipped)
+  if term.weighting == 'none':
+    return out
+  return out * jax.lax.stop_gradient(term.weigh(scores.confidences))
+
+
+def make(name, **changes):
+  """Returns a function of Scores: a loss with options changed, by name.
+
+  `make('dpo', beta=0.2, link='forward_kl')(scores)` gives losses [...].
+  """
+  (term,) = bind({name: options(name, **changes)})
+  return functools.partial(values, term)
