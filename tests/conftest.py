@@ -37,3 +37,12 @@ def shared():
   if not folder.is_dir():
     pytest.skip('no shared folder beside the checkout (see README, "Tests")')
   return folder
+
+
+@pytest.fixture
+def float64():
+  """JAX computes in float64."""
+  import jax  # not before the environment is set
+
+  with jax.enable_x64(True):
+    yield

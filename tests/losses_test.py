@@ -1,4 +1,4 @@
-"""Numbers, gradients and identities of METHODS: every loss, every row."""
+"""Every loss against numbers, gradients, identities and its own docstring."""
 
 import math
 
@@ -7,176 +7,274 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import losses
+from dpo_jax.losses import levels
+from dpo_jax.losses import margins
+from dpo_jax.losses import scoring
+from dpo_jax.losses import table
+from tests import cases
 
-# Three pairs whose losses were worked out by hand in float64.
-POLICY = np.array([[-12.0, -15.0], [-20.0, -18.0], [-30.0, -45.0]])
-REF = np.array([[-13.0, -14.5], [-19.0, -18.5], [-40.0, -35.0]])
-LENGTHS = np.array([[6.0, 8.0], [10.0, 9.0], [12.0, 20.0]])
-MARGINS = np.array([1.5, -1.5, 20.0])
-
-CASES = [
-  ('dpo', {'beta': 0.1}, [0.620957, 0.770957, 0.126928]),
-  (
-    'cdpo',
-    {'beta': 0.1, 'label_smoothing': 0.1},
-    [0.635957, 0.755957, 0.326928],
-  ),
-  ('soft', {'beta': 0.1}, [0.650957, 0.740957, 0.526928]),
-  ('ipo_sum', {'beta': 0.1}, [12.25, 42.25, 225.0]),
-  ('ipo_mean', {'beta': 0.1}, [22.760851, 26.579753, 13.444444]),
-  ('sft', {'reduction': 'sum'}, [12.0, 20.0, 30.0]),
-  ('sft', {'reduction': 'mean'}, [2.0, 2.0, 2.5]),
-]
+SEEDS = [0, 1, 2]
+every_loss = pytest.mark.parametrize('name', table.LOSSES)
 
 
-def scores(policy=POLICY, *, p=0.8):
-  policy = jnp.asarray(policy, jnp.float32)
-  return losses.Scores(
-    policy,
-    jnp.asarray(REF, jnp.float32),
-    jnp.asarray(LENGTHS, jnp.float32),
-    jnp.full(policy.shape[:-1], p),
-  )
+# --- Numbers ---
 
 
 def test_every_loss_has_a_case():
-  assert {name for name, _, _ in CASES} == set(losses.LOSSES)
+  assert {case.name for case in cases.ALL} == set(table.LOSSES)
 
 
-@pytest.mark.parametrize('name, keywords, expected', CASES)
-def test_golden_values(name, keywords, expected):
-  _, function = losses.bind(name, keywords)
-  np.testing.assert_allclose(function(scores()), expected, rtol=3e-6)
+@pytest.mark.parametrize('case', cases.GOLDEN, ids=str)
+@pytest.mark.usefixtures('float64')
+def test_losses_are_the_golden_numbers(case):
+  actual, _ = cases.measure(case.name, case.options, cases.scores(case))
+  # The numbers are printed with six digits.
+  np.testing.assert_allclose(actual, case.expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('name, keywords, expected', CASES)
-def test_gradient_equals_finite_differences(name, keywords, expected):
-  del expected
-  _, function = losses.bind(name, keywords)
-  with jax.enable_x64(True):
-    inputs = losses.Scores(
-      jnp.asarray(POLICY),
-      jnp.asarray(REF),
-      jnp.asarray(LENGTHS),
-      jnp.full(3, 0.8),
+@pytest.mark.parametrize('case', cases.FORMULAS, ids=str)
+@pytest.mark.usefixtures('float64')
+def test_losses_are_the_papers_formulas(case):
+  actual, _ = cases.measure(case.name, case.options, cases.scores(case))
+  np.testing.assert_allclose(actual, case.expected, rtol=1e-12)
+
+
+def test_gradient_weight_of_dpo_is_the_papers():
+  weight = np.array([0.462570, 0.537430, 0.119203])  # sigmoid(r_l - r_w)
+  grad = cases.slopes(table.make('dpo', beta=0.1), scoring.example())
+  np.testing.assert_allclose(grad[:, 0], -0.1 * weight, rtol=1e-5)
+  np.testing.assert_allclose(grad[:, 1], 0.1 * weight, rtol=1e-5)
+
+
+# --- Gradients ---
+
+# Responses whose gradient a method stops, though its value moves with them.
+STOPPED = {('kto', 'policy'): 1, ('tdpo2', 'kls'): 0}
+
+
+def check_gradient(name, options, scores, field, step=1e-5):
+  x = np.asarray(getattr(scores, field))
+  expected = np.zeros_like(x)
+  for i in np.ndindex(x.shape):
+    move = np.zeros_like(x)
+    move[i] = step
+    up, down = (
+      cases.measure(name, options, scores._replace(**{field: y}), field)[0]
+      for y in (x + move, x - move)
     )
-
-    @jax.jit
-    def total(policy):
-      return jnp.sum(function(inputs._replace(policy=policy)))
-
-    grad = np.asarray(jax.grad(total)(inputs.policy))
-    step = 1e-5
-    for i in np.ndindex(POLICY.shape):
-      up, down = POLICY.copy(), POLICY.copy()
-      up[i] += step
-      down[i] -= step
-      slope = (total(jnp.asarray(up)) - total(jnp.asarray(down))) / (2 * step)
-      np.testing.assert_allclose(grad[i], slope, atol=1e-6)
+    expected[i] = np.sum(np.asarray(up) - np.asarray(down)) / (2 * step)
+  if (name, field) in STOPPED:
+    expected[..., STOPPED[name, field]] = 0.0
+  _, grad = cases.measure(name, options, scores, field)
+  # A difference keeps the rounding of the sizes that it is taken of.
+  size = np.abs(cases.measure(name, options, scores, field)[0]).max()
+  atol = 1e-8 + 4 * np.finfo(np.float64).eps * size / step
+  np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=atol)
+  assert np.abs(grad).max() > 0
 
 
-@pytest.mark.parametrize('name, keywords, expected', CASES)
-def test_a_better_chosen_response_never_costs_more(name, keywords, expected):
-  del expected
-  _, function = losses.bind(name, keywords)
-  grad = jax.grad(lambda p: jnp.sum(function(scores(p, p=1.0))))(
-    jnp.asarray(REF, jnp.float32)
+def shifts(name, options):
+  """BCO's shift moves with the policy; `test_bco_...` has its gradient."""
+  return table.options(name, **options).get('shift') == 'running'
+
+
+@pytest.mark.parametrize(
+  'case', [c for c in cases.ALL if not shifts(c.name, c.options)], ids=str
+)
+@pytest.mark.usefixtures('float64')
+def test_gradient_equals_finite_differences(case):
+  for field in ('policy', 'kls', 'complements'):
+    if field == 'policy' or field in table.get(case.name).needs:
+      check_gradient(case.name, case.options, cases.scores(case), field)
+
+
+@pytest.mark.parametrize('name', cases.SOFT)
+@pytest.mark.usefixtures('float64')
+def test_gradient_of_soft_labels_equals_finite_differences(name):
+  options = {'labels': 'soft'} | ({'shift': 'none'} if name == 'bco' else {})
+  scores = cases.usual(name, cases.draw(0, B=2, dtype=np.float64))
+  check_gradient(name, options, scores, 'policy')
+
+
+def test_no_gradient_passes_through_the_mismatched_responses_of_kto():
+  scores = cases.draw(0)._replace(ref=cases.draw(0).policy - 1.0)  # z is 1
+  moved = scores._replace(policy=scores.policy.at[:, 1].add(1.0))
+  function = table.make('kto')
+  assert np.abs(function(moved) - function(scores)).min() > 1e-3
+  np.testing.assert_array_equal(cases.slopes(function, scores)[:, 1], 0.0)
+
+
+def test_no_gradient_passes_through_the_chosen_kl_of_tdpo2():
+  scores, function = cases.draw(0), table.make('tdpo2')
+  np.testing.assert_array_equal(
+    cases.slopes(function, scores, 'kls')[:, 0], 0.0
   )
-  assert (np.asarray(grad[:, 0]) < 0).all()
-  assert (np.asarray(grad[:, 1]) >= 0).all()
+  assert (cases.slopes(function, scores, 'kls')[:, 1] > 0.0).all()
+  assert (cases.slopes(table.make('tdpo1'), scores, 'kls')[:, 0] < 0.0).all()
 
 
-@pytest.mark.parametrize('name, keywords, expected', CASES)
-@pytest.mark.parametrize('size', [1e4, -1e4])
-def test_extreme_scores_stay_finite(name, keywords, expected, size):
-  del expected
-  _, function = losses.bind(name, keywords)
-  policy = POLICY + size * np.array([1.0, -1.0])
-  value, grad = jax.jit(
-    jax.value_and_grad(lambda p: jnp.sum(function(scores(p))))
-  )(jnp.asarray(policy, jnp.float32))
-  assert np.isfinite(value) and np.isfinite(grad).all()
-
-
-@pytest.mark.parametrize('name', ['dpo', 'cdpo', 'soft'])
-def test_loss_is_ln_2_where_policy_is_reference(name):
-  loss, function = losses.bind(name, losses.get(name).defaults)
-  assert loss.reference
+@pytest.mark.usefixtures('float64')
+def test_bco_learns_as_if_its_shift_were_a_constant():
+  scores = cases.draw(0, dtype=np.float64)
+  shift = levels.bco_memory(scores, beta=0.1)['mean']
+  fixed = scores._replace(ref=scores.ref + shift / 0.1)
+  running = table.make('bco', beta=0.1)
+  constant = table.make('bco', beta=0.1, shift='none')
+  assert abs(shift) > 0.01
+  np.testing.assert_allclose(running(scores), constant(fixed), rtol=1e-12)
   np.testing.assert_allclose(
-    function(scores(REF, p=0.3)), math.log(2), atol=1e-7
+    cases.slopes(running, scores), cases.slopes(constant, fixed), rtol=1e-12
   )
 
 
-def test_gradient_weight_is_that_of_the_paper():
-  beta = 0.1
-  _, function = losses.bind('dpo', {'beta': beta})
-  grad = jax.grad(lambda p: jnp.sum(function(scores(p))))(
-    jnp.asarray(POLICY, jnp.float32)
-  )
-  weight = [0.462570, 0.537430, 0.119203]  # sigmoid(r_rejected - r_chosen)
-  np.testing.assert_allclose(grad[:, 0], -beta * np.array(weight), rtol=1e-5)
-  np.testing.assert_allclose(grad[:, 1], beta * np.array(weight), rtol=1e-5)
+@pytest.mark.parametrize('weighting', ['wpo', 'wpo_clamped'])
+def test_weightings_learn_as_if_the_weight_were_a_constant(weighting):
+  plain = table.make('dpo')
+  weighted = table.make('dpo', weighting=weighting)
+  scores = cases.draw(0)
+  confidences = 0.01 * scores.policy
 
+  def with_confidences(s):
+    return weighted(s._replace(confidences=0.01 * s.policy))
 
-def test_cdpo_identities():
-  dpo = losses.dpo(scores(), beta=0.1)
-  plain = losses.cdpo(scores(), beta=0.1, label_smoothing=0.0)
-  np.testing.assert_array_equal(plain, dpo)
-  smoothed = losses.cdpo(scores(), beta=0.1, label_smoothing=0.3)
-  soft = losses.soft(scores(p=0.7), beta=0.1)
-  np.testing.assert_allclose(soft, smoothed, rtol=1e-6)
-  np.testing.assert_allclose(losses.soft(scores(p=1.0), beta=0.1), dpo)
-
-
-@pytest.mark.parametrize('name', ['dpo', 'cdpo', 'soft', 'ipo_sum'])
-def test_shifting_both_log_probs_of_a_pair_changes_nothing(name):
-  _, function = losses.bind(name, losses.get(name).defaults)
-  moved = POLICY + np.array([[3.0], [-7.0], [0.5]])
+  weight = np.exp(np.asarray(confidences).sum(-1))
   np.testing.assert_allclose(
-    function(scores(moved)), function(scores()), rtol=1e-5
-  )
-
-
-def test_ipo_mean_is_ipo_sum_of_per_token_means():
-  mean = losses.Scores(
-    scores().policy / LENGTHS, scores().ref / LENGTHS, None, None
-  )
-  np.testing.assert_allclose(
-    losses.ipo_mean(scores(), beta=0.3),
-    losses.ipo_sum(mean, beta=0.3),
+    cases.slopes(with_confidences, scores),
+    weight[:, None] * cases.slopes(plain, scores),
     rtol=1e-5,
   )
+
+
+def test_implicit_rewards_have_no_gradient():
+  rewards = lambda s: scoring.implicit_rewards(s, beta=0.1)  # noqa: E731
+  scores = cases.draw(0)
+  np.testing.assert_allclose(rewards(scores), 0.1 * scoring.log_ratio(scores))
+  np.testing.assert_array_equal(cases.slopes(rewards, scores), 0.0)
 
 
 def test_the_papers_own_signature():
   # Completions 0, 2 are preferred to 1, 3; completion 4 is in no pair.
   pi = jnp.array([-12.0, -15.0, -20.0, -18.0, -1.0])
   ref = jnp.array([-13.0, -14.5, -19.0, -18.5, -3.0])
-  values, rewards = losses.dpo_loss(
-    pi, ref, jnp.array([0, 2]), jnp.array([1, 3]), 0.1
-  )
+  pairs = jnp.array([0, 2]), jnp.array([1, 3])
+  values, rewards = margins.dpo_loss(pi, ref, *pairs, 0.1)
   np.testing.assert_allclose(values, [0.620957, 0.770957], rtol=3e-6)
   np.testing.assert_allclose(rewards, [0.1, -0.05, -0.1, 0.05, 0.2], rtol=1e-5)
-  slope = jax.grad(
-    lambda pi: losses.dpo_loss(pi, ref, jnp.array([0]), jnp.array([1]), 0.1)[
-      1
-    ].sum()
-  )(pi)
-  np.testing.assert_array_equal(slope, 0.0)
+  grad = jax.grad(lambda x: margins.dpo_loss(x, ref, *pairs, 0.1)[0].sum())(pi)
+  expected = 0.1 * np.array([-0.462570, 0.462570, -0.537430, 0.537430, 0.0])
+  np.testing.assert_allclose(grad, expected, rtol=1e-5)
+  grad = jax.grad(lambda x: margins.dpo_loss(x, ref, *pairs, 0.1)[1].sum())(pi)
+  np.testing.assert_array_equal(grad, 0.0)
 
 
-def test_unknown_loss_names_the_nearest():
-  with pytest.raises(ValueError, match="did you mean 'ipo_sum'"):
-    losses.get('ipo_sun')
+# --- Levels and signs ---
+
+# Losses of which only differences of the log-probs of a prompt count.
+INVARIANT = {
+  'dpo',
+  'cdpo',
+  'soft',
+  'robust',
+  'dr_dpo',
+  'ipo_sum',
+  'hinge',
+  'exo',
+  'infonca',
+  'discopop',
+  'plackett_luce',
+  'r_dpo',
+  'tdpo1',
+  'tdpo2',
+  'aot',
+}
 
 
-@pytest.mark.parametrize('keywords', [{}, {'beta': 0.1, 'alpha': 1.0}])
-def test_keywords_must_fit(keywords):
-  with pytest.raises(ValueError, match="loss 'dpo' takes"):
-    losses.bind('dpo', keywords)
+def shifted_and_not(name, **options):
+  """Losses before and after adding c(x) to both log-probs of every pair."""
+  scores = cases.draw(0)
+  # Multiples of 1/8, and beta a power of 2: all differences are exact.
+  scores = scores._replace(
+    policy=jnp.round(scores.policy * 8) / 8, ref=jnp.round(scores.ref * 8) / 8
+  )
+  c = jnp.array([1.0, -2.0, 3.0, 1.0, -1.0, 2.0])[:, None]
+  if 'beta' in table.options(name):
+    options['beta'] = 0.125
+  function = table.make(name, **options)
+  return (
+    np.asarray(function(cases.usual(name, s)))
+    for s in (scores, scores._replace(policy=scores.policy + c))
+  )
 
 
-def test_sft_reduction_is_checked():
-  with pytest.raises(ValueError, match="use 'sum' or 'mean'"):
-    losses.sft(scores(), reduction='median')
+@every_loss
+def test_which_losses_ignore_the_level_of_the_log_probs(name):
+  before, after = shifted_and_not(name)
+  if name in INVARIANT:
+    np.testing.assert_array_equal(after, before)
+  else:
+    assert np.abs(after - before).max() > 1e-4
+
+
+@pytest.mark.parametrize('link', [x for x in cases.LINKS if x != 'reverse_kl'])
+@pytest.mark.parametrize('name', cases.LINKED)
+def test_links_look_at_the_level_of_the_log_probs(name, link):
+  before, after = shifted_and_not(name, link=link)
+  assert np.abs(after - before).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+  'name, options',
+  [('slic', {'nll_weight': 0.0}), ('cpo', {'alpha': 0.0})],
+)
+def test_without_their_likelihood_losses_ignore_the_level(name, options):
+  before, after = shifted_and_not(name, **options)
+  np.testing.assert_allclose(after, before, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'name',
+  'dpo cdpo soft robust dpo_norm dpop tdpo1 tdpo2 plackett_luce infonca dr_dpo'
+  ' aot aot_unpaired'.split(),
+)
+def test_loss_is_ln_2_where_policy_is_reference(name):
+  scores = cases.draw(0)
+  scores = scores._replace(policy=scores.ref, kls=jnp.zeros((6, 2)))
+  np.testing.assert_allclose(
+    table.make(name)(cases.usual(name, scores)), math.log(2), atol=1e-7
+  )
+
+
+# Losses that may punish a better chosen, or a worse rejected response.
+EXCEPTIONS = {
+  'cdpo': 'turns back where sigmoid(beta h) is the label',
+  'exo': 'turns back where q is the target',
+  'ipo_sum': 'turns back at its margin',
+  'ipo_mean': 'turns back at its margin',
+  'sppo': 'turns back at its levels',
+  'nca': 'holds the chosen response back where its reward is positive',
+  'discopop': 'has a bump',
+  'apo_down': 'lowers the chosen response once it leads',
+  'likelihood_penalty': 'lowers every response by its own cost',
+}
+
+
+@every_loss
+def test_a_better_chosen_response_never_costs_more(name):
+  wrong = 0
+  for size in (1.0, 5.0, 50.0, 1000.0):
+    scores = cases.usual(name, cases.draw(0, B=50, size=size))
+    scores = scores._replace(p=jnp.ones(50))
+    grad = np.asarray(cases.measure(name, {}, scores)[1])
+    wrong += np.sum(grad[:, 0] > 0) + np.sum(grad[:, 1] < 0)
+  assert (wrong > 0) == (name in EXCEPTIONS)
+
+
+@pytest.mark.parametrize(
+  'name',
+  sorted(set(table.LOSSES) - {'discopop', 'apo_down', 'likelihood_penalty'}),
+)
+def test_the_first_step_raises_the_chosen_response(name):
+  scores = cases.draw(0, B=50)
+  scores = scores._replace(policy=scores.ref, p=jnp.ones(50))
+  _, grad = cases.measure(name, {}, cases.usual(name, scores))
+  assert (grad[:, 0] < 0).all() and (grad[:, 1] >= 0).all()

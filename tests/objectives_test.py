@@ -174,7 +174,6 @@ def run(section, form, transform=lambda function: function, devices=1):
   memory = objectives.first_memory(table.bind(section))
   policy, ref = models()
 
-
   def loss(params, batch):
     return sums(params, ref, batch, memory)[0]['loss'][0]
 

@@ -30,6 +30,7 @@ def dr_dpo(scores, *, beta=0.1, beta_prime=1.0, link=choices.reverse_kl):
   """
   loss = margins.dpo(scores, beta=beta, link=link)
   mask = jnp.broadcast_to(scores.mask, loss.shape)
+  mask = mask | ~jnp.any(mask)  # a batch of padding: any number will do
   count = jnp.maximum(jnp.sum(mask), 1)
   total = jax.nn.logsumexp(-loss / beta_prime, where=mask)
   return jnp.full(loss.shape, beta_prime * (jnp.log(count) - total))
@@ -110,7 +111,8 @@ def kto(scores, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
   Sign: rho rises for desirable responses, falls for undesirable ones
   Tokens: sum; z is a mean over the global batch
   Defaults: beta=0.1, desirable_weight=1.0, undesirable_weight=1.0
-  Elsewhere: TRL estimates z from a device's micro-batch
+  Elsewhere: TRL estimates z from a device's micro-batch; its former `kto_pair`
+    is this on both halves of pairs
 
   >>> rho = jnp.array([[1.0, 0.5], [0.5, 0.1]])  # own, mismatched
   >>> scoring.rounded(kto(scoring.Scores(rho, p=jnp.array([1.0, 0.0]))))

@@ -80,7 +80,7 @@ def reverse_kl(rho):
 
 def forward_kl(rho):
   """f'(u) = 1 - 1/u."""
-  return 1.0 - scoring.exp(-rho)
+  return -scoring.expm1(-rho)
 
 
 def jensen_shannon(rho):
@@ -97,7 +97,7 @@ def alpha_divergence(rho, *, alpha):
     raise ValueError(
       f'link alpha:{alpha}: alpha lies in (0, 1]; its limit 0 is reverse_kl'
     )
-  return (1.0 - scoring.exp(-alpha * rho)) / alpha
+  return -scoring.expm1(-alpha * rho) / alpha
 
 
 LINKS = {
@@ -165,4 +165,6 @@ def choose(table, kind, text):
       f'{kind} {name!r} takes its {keywords[0]} as a number behind a colon,'
       f" such as '{name}:0.5'; got {text!r}"
     ) from None
+  if not 0.0 <= value <= 1.0:
+    raise ValueError(f'{kind} {text!r}: {keywords[0]} must lie in [0, 1]')
   return functools.partial(function, **{keywords[0]: value})

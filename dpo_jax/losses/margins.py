@@ -382,7 +382,10 @@ def exo(
     )
   target = target_distribution(scores, reward_temperature)
   target = (1.0 - e) * target + e * (1.0 - target) / (K - 1)
-  log_q = jax.nn.log_softmax(beta * scoring.log_ratio(scores, link), axis=-1)
+  score = scoring.log_ratio(scores, link)
+  # Differences before beta: a fused beta * score - max would round apart.
+  lead = score - jax.lax.stop_gradient(jnp.max(score, -1, keepdims=True))
+  log_q = jax.nn.log_softmax(beta * lead, axis=-1)
   log_target = jnp.log(jnp.maximum(target, 1e-30))
   return jnp.sum(jnp.exp(log_q) * (log_q - log_target), axis=-1)
 

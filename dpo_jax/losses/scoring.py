@@ -98,6 +98,12 @@ def exp(x):
   return jnp.exp(low) * (1.0 + (x - low))
 
 
+def expm1(x):
+  """exp(x) - 1, exact near 0; continued like `exp`."""
+  low = jnp.minimum(x, 30.0)
+  return jnp.expm1(low) + jnp.exp(low) * (x - low)
+
+
 def example(reduction='sum'):
   """Returns three pairs by hand, which docstrings and tests evaluate.
 

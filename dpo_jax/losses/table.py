@@ -277,6 +277,12 @@ def _bind(name, values):
         f'loss {name!r}: link {link!r} is a function of the ratio of whole'
         " responses; use reduction 'sum' or 'ld'"
       )
+  for option, value in values.items():
+    low, high = _RANGES.get(option, (-math.inf, math.inf))
+    if isinstance(value, (int, float)) and not low <= value <= high:
+      raise ValueError(
+        f'loss {name!r}: {option} {value} must lie in [{low:g}, {high:g}]'
+      )
   function = functools.partial(loss.function, **values)
   jax.eval_shape(function, _ANY)  # raises where a value makes no sense
   remember = loss.remember and functools.partial(loss.remember, **values)
@@ -294,6 +300,19 @@ def _bind(name, values):
     reward_scale=values.get('beta', 1.0),
   )
 
+
+# What makes sense in every loss; a number that is none lies in no range.
+_TINY, _HUGE = 1e-12, 1e12
+_RANGES = {
+  'beta': (_TINY, _HUGE),
+  'tau': (_TINY, _HUGE),
+  'beta_prime': (_TINY, _HUGE),
+  'label_smoothing': (0.0, 1.0),
+  'reward_temperature': (0.0, _HUGE),
+  'eta': (0.0, _HUGE),
+  'desirable_weight': (0.0, _HUGE),
+  'undesirable_weight': (0.0, _HUGE),
+}
 
 # Scores with everything, and more responses than anybody has.
 _ANY = scoring.Scores(
