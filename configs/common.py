@@ -137,6 +137,8 @@ def training(arg):
   )
   if arg['debug']:
     shrink(config)
+    if reference == 'ema':
+      config.reference.every = 1
   return config.lock()  # a key that is not here cannot be set
 
 

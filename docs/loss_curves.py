@@ -18,7 +18,12 @@ TOKENS, TYPICAL = 40, -80.0
 # No log-prob gets positive: TYPICAL + 60 is the largest.
 MARGINS = np.linspace(-60.0, 60.0, 241)
 # How far each response of a group moves when the margin grows by one.
-MOVES = {'pairs': (0.5, -0.5), 'unpaired': (1.0,), 'sft': (1.0,)}
+MOVES = {
+  'pairs': (0.5, -0.5),
+  'rankings': (0.5, 0.0, -0.5),
+  'unpaired': (1.0,),
+  'sft': (1.0,),
+}
 # Three more pairs of the batch, for losses that look at others: the margins
 # log pi(yw) - log pi(yl), and the reference's.
 OTHERS, OTHERS_REF = (-40.0, 0.0, 40.0), (-20.0, 0.0, 20.0)
@@ -52,6 +57,7 @@ def trace(name, margins, *, p=1.0, level=0.0, **options):
       lengths=jnp.full((B, K), float(TOKENS)),
       p=jnp.full(B, p),
       mask=jnp.ones(B, bool),
+      rewards=jnp.tile(-jnp.arange(K, dtype=float), (B, 1)),
       costs=jnp.tile(jnp.arange(K, dtype=float), (B, 1)),
       kls=jnp.ones((B, K)),
       complements=TOKENS * scoring.log_complement(policy_BK / TOKENS),

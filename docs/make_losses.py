@@ -179,7 +179,7 @@ def page():
     for name, terms in table.SUMS.items()
   ]
   elsewhere = [[f'`{k}`', with_options(*v)] for k, v in table.ELSEWHERE.items()]
-  ambiguous = [[f'`{k}`', v] for k, v in table.AMBIGUOUS.items()]
+  instead = [[f'`{k}`', v] for k, v in table.INSTEAD.items()]
   soft = (f', but {p} for `{name}`' for name, p in loss_curves.SOFT.items())
   return string.Template(TEMPLATE.read_text()).substitute(
     all_losses=all_losses(),
@@ -197,7 +197,7 @@ def page():
     weightings=choice_lines(choices.WEIGHTINGS),
     sums=markdown_table(['name', 'here'], sums),
     elsewhere=markdown_table(['name there', 'here'], elsewhere),
-    ambiguous=markdown_table(['name there', 'use'], ambiguous),
+    instead=markdown_table(['name there', 'here'], instead),
   )
 
 

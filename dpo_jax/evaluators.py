@@ -18,8 +18,12 @@ from dpo_jax.data import examples
 
 
 def means(totals):
-  """{name: (sum, count)} of `objectives.make_sums` -> {name: mean}."""
-  return {name: value / count for name, (value, count) in totals.items()}
+  """{name: (sum, count)} -> {name: mean}; what was never seen has none."""
+  return {
+    name: float(value) / float(count)
+    for name, (value, count) in totals.items()
+    if count
+  }
 
 
 def make_heldout(sums, plan, mesh, *, ref_values):
@@ -32,8 +36,9 @@ def make_heldout(sums, plan, mesh, *, ref_values):
     ref_values: cached reference log-probs of `plan.groups`, or None.
 
   The evaluator takes (params, ref_params, memory) and adds
-  `rewards/accuracy_se`, the binomial standard error, to the means. Losses of a
-  whole batch (`Loss.batchwise`, KTO's KL) are those of evaluation batches.
+  `rewards/accuracy_se`, the binomial standard error, to the means. What is of a
+  whole batch (AOT's ranks, Dr. DPO's mean, KTO's KL, BCO's shift, the reduction
+  'batch_mean') is that of evaluation batches.
   """
   step = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
@@ -44,8 +49,7 @@ def make_heldout(sums, plan, mesh, *, ref_values):
       here, _ = jax.device_get(step(params, ref_params, batch, memory))
       for name, pair in here.items():
         totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
-    # A kind of group that no batch had has no mean.
-    out = means({name: pair for name, pair in totals.items() if pair[1]})
+    out = means(totals)
     out['groups'] = totals['loss'][1]
     if 'rewards/accuracy' in out:
       accuracy = out['rewards/accuracy']

@@ -21,6 +21,7 @@ from absl import logging
 
 from dpo_jax import evaluators
 from dpo_jax import names
+from dpo_jax import objectives
 from dpo_jax import online
 from dpo_jax import runs
 from dpo_jax import sampling
@@ -43,7 +44,10 @@ def prepare(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   model_config, _, tokenizer = runs.open_model(config.model, mesh=mesh)
   terms = runs.bind_losses(config.loss)
+  objectives.check_reference(terms, dict(config.reference))
   groups, report = runs.load_groups(config.data, tokenizer, model_config, terms)
+  everything = [*groups['train'], *groups['test']]
+  runs.check_data(everything, terms, config.data.form)
   plan = train.training_plan(config, groups['train'], mesh)
   print(f'{report}\n\ntrain: {plan.summary()}')
 

@@ -92,7 +92,7 @@ def check_reference(terms, reference):
       ' the colon of --config'
     )
   for term in terms:
-    if 'kls' in term.loss.needs and mode == 'cached':
+    if 'kls' in term.needs and mode == 'cached':
       raise ValueError(
         f"loss {term.name!r} needs the reference's whole distribution, which"
         ' is not cached; choose reference=frozen or reference=ema'
@@ -101,8 +101,7 @@ def check_reference(terms, reference):
 
 def first_memory(terms):
   """Returns what the losses remember before the first step: {name: dict}."""
-  zeros = {'mean': jnp.zeros(()), 'count': jnp.zeros(())}
-  return {term.name: dict(zeros) for term in terms if term.remember}
+  return {term.name: term.memory for term in terms if term.memory}
 
 
 def make_sums(
@@ -111,9 +110,9 @@ def make_sums(
   """Returns (params, ref_params, batch, memory) -> (totals, memory).
 
   totals is {name: (sum over real groups, count to divide by)}; `loss` is the
-  weighted sum of the terms. Logged rewards are the first term's beta times
-  log pi - log pi_ref in sums over tokens (DPO, eq. 5), without a reference
-  beta times the reduced log pi; a loss without a beta counts as beta 1.
+  weighted sum of the terms. Logged rewards are those of `table.of_rewards`: its
+  beta times log pi - log pi_ref in sums over tokens (DPO, eq. 5), without a
+  reference beta times the reduced log pi; a loss without a beta counts as 1.
 
   Args:
     model_config: of policy and reference.
@@ -128,7 +127,9 @@ def make_sums(
   """
   K = responses
   scored = make_scored(model_config)
-  needs = {field for term in terms for field in term.loss.needs}
+  needs = {field for term in terms for field in term.needs}
+  partnered = any(term.loss.mismatched for term in terms)
+  of_rewards = table.of_rewards(terms)
   weighted = any(term.weighting != 'none' for term in terms)
 
   def sums(params, ref_params, batch, memory):
@@ -193,26 +194,28 @@ def make_sums(
     groups = jnp.sum(mask_RG)
     out = {'loss': (0.0, groups)}
     memory = dict(memory)
-    for number, term in enumerate(terms):
+    for term in terms:
       weights_RS = term.reduce(**place)
       reduced = scores._replace(
         policy=per_response(weights_RS * policy_RS),
         ref=per_response(weights_RS * ref_RS),
         memory=memory.get(term.name),
       )
-      if number == 0:
-        first = reduced
+      if partnered and not term.loss.mismatched:
+        reduced = scoring.first_responses(reduced, 1)
+      if term is of_rewards:
+        rewarded = reduced
       losses_RG = batch['weight'] * table.values(term, reduced)
       value = jnp.sum(jnp.where(mask_RG, losses_RG, 0.0))
       out['loss'] = (out['loss'][0] + term.weight * value, groups)
       if len(terms) > 1:
         out[f'loss/{term.name}'] = (value, groups)
-      if term.remember:
+      if term.memory:
         memory[term.name] = term.remember(reduced)
 
     # ------------------------------------------------------------- metrics ----
     implicit_RGK = scoring.implicit_rewards(
-      first if reference == 'none' else scores, beta=terms[0].reward_scale
+      rewarded if reference == 'none' else scores, beta=of_rewards.reward_scale
     )
     return out | measured(form, scores, implicit_RGK), memory
 

@@ -27,6 +27,7 @@ import tqdm
 from dpo_jax import constraints
 from dpo_jax import evaluators
 from dpo_jax import metrics
+from dpo_jax import objectives
 from dpo_jax import report
 from dpo_jax import rewards
 from dpo_jax import runs
@@ -74,6 +75,7 @@ def run(config, workdir):
   how, reward = dict(config.sampling), config.reward
   train_config = config.train.as_dict()
   check_train_config(train_config, max_new_tokens=how['max_new_tokens'])
+  check_losses(config.train)
   score = rewards.get(reward)
   constraint, cost, dual = read_constraint(config.constraint, rounds=rounds)
   multiplier, start = dual.pop('multiplier'), dual.pop('start')
@@ -181,6 +183,19 @@ def check_train_config(config, *, max_new_tokens):
       f' train.data.max_response_tokens'
       f' {config["data"]["max_response_tokens"]} would cut; raise that above it'
     )
+
+
+def check_losses(config):
+  """Refuses losses that the pairs of a round, which have no labels, lack."""
+  terms = runs.bind_losses(config.loss)
+  objectives.check_reference(terms, dict(config.reference))
+  if config.data.form != 'pairs':
+    raise ValueError(
+      f'train.data.form is {config.data.form!r}, but rounds write pairs; choose'
+      ' a loss of pairs'
+    )
+  runs.check_data([], terms, config.data.form)
+  runs.constraint(config.data.constraint, terms)
 
 
 def read_prompts(source):

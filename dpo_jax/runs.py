@@ -296,6 +296,11 @@ def load_groups(data, tokenizer, model_config, terms):
     if form == 'rankings' and any(term.loss.ordered for term in terms):
       groups[split], ties = examples.drop_ties(groups[split])
       texts.append(f'{split}: {ties:,} rankings with ties dropped')
+      if ties and not groups[split]:
+        raise ValueError(
+          f'all {ties:,} rankings of the {split} split have ties, which a loss'
+          ' of orders cannot learn from; use infonca with a reward_temperature'
+        )
     if groups[split] and any(term.loss.mismatched for term in terms):
       groups[split] = partners.mismatched(groups[split])
   return groups, '\n\n'.join(texts)
@@ -303,7 +308,7 @@ def load_groups(data, tokenizer, model_config, terms):
 
 def constraint(name, terms):
   """Returns the cost function that the losses need, or None."""
-  needy = [term.name for term in terms if 'costs' in term.loss.needs]
+  needy = [term.name for term in terms if 'costs' in term.needs]
   if name == 'none' and needy:
     raise ValueError(
       f'loss {needy[0]!r} needs costs; set data.constraint to one of'
@@ -365,6 +370,13 @@ def check_data(groups, terms, form):
     )
   labelled = any(group.p != 1.0 for group in groups)
   weighted = any(group.weight != 1.0 for group in groups)
+  rewarded = any(group.rewards is not None for group in groups)
+  heeding = [term for term in terms if 'p' in term.needs or term.soft]
+  if form == 'pairs' and labelled and not heeding:
+    raise ValueError(
+      f'the data has soft labels p, which loss {terms[0].name!r} ignores; set'
+      " its labels to 'soft', use loss 'soft', or leave p out"
+    )
   for term in terms:
     name, loss = term.name, term.loss
     if term.soft and not (form == 'pairs' and labelled):
@@ -372,8 +384,7 @@ def check_data(groups, terms, form):
         f"loss {name!r}: labels 'soft' would change nothing, because the data"
         " has no soft labels p of pairs; set labels to 'hard'"
       )
-    heeds = 'p' in loss.needs or term.soft or not loss.preference
-    if form == 'pairs' and labelled and not heeds:
+    if form == 'pairs' and labelled and loss.preference and term not in heeding:
       raise ValueError(
         f'the data has soft labels p, which loss {name!r} ignores; set its'
         " labels to 'soft', use loss 'soft', or leave p out"
@@ -383,8 +394,19 @@ def check_data(groups, terms, form):
         f'the data has weights, which loss {name!r}, a function of the whole'
         ' batch, cannot apply; leave weight out'
       )
-    if term.reduction.startswith('ld') and form != 'pairs':
+    if term.of_pairs and form != 'pairs':
       raise ValueError(
         f'loss {name!r}: reduction {term.reduction!r} compares the lengths of a'
         f' pair; data.form is {form!r}'
+      )
+    could = 'rewards' in loss.needs
+    if could and rewarded and 'rewards' not in term.needs:
+      raise ValueError(
+        f'the data has rewards, which loss {name!r} ignores; set its'
+        ' reward_temperature above 0, or leave the rewards out'
+      )
+    if 'rewards' in term.needs and not rewarded:
+      raise ValueError(
+        f'loss {name!r} needs rewards, which the data lacks; add them, or set'
+        ' its reward_temperature to 0'
       )

@@ -40,7 +40,7 @@ class State:
 
 
 def make_step(sums, tx, schedule, *, batch_size, ema=None):
-  """Returns (state, ref_params, batch) -> (state, metrics).
+  """Returns (state, ref_params, batch) -> (state, {name: (sum, count)}).
 
   The loss is the mean over the `batch_size` groups of the global batch,
   wherever they lie. Donate `state` when jitting.
@@ -65,12 +65,13 @@ def make_step(sums, tx, schedule, *, batch_size, ema=None):
     gradient = jax.value_and_grad(loss_function, has_aux=True)
     (loss, (totals, memory)), grads = gradient(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    values = evaluators.means(totals)
-    values['loss'] = loss
-    values['grad_norm'] = optax.tree.norm(grads)
-    values['learning_rate'] = schedule(state.step)
     params = optax.apply_updates(state.params, updates)
-    values['param_norm'] = optax.tree.norm(params)
+    values = {
+      'loss': loss,
+      'grad_norm': optax.tree.norm(grads),
+      'learning_rate': schedule(state.step),
+      'param_norm': optax.tree.norm(params),
+    }
     number = state.step + 1
     if ema:
       ref = jax.lax.cond(
@@ -83,7 +84,8 @@ def make_step(sums, tx, schedule, *, batch_size, ema=None):
       )
     else:
       ref = None
-    return State(params, opt_state, number, ref, memory), values
+    measured = totals | {name: (value, 1) for name, value in values.items()}
+    return State(params, opt_state, number, ref, memory), measured
 
   return step
 
@@ -215,6 +217,11 @@ def _train(config, workdir, mesh):
   # ------------------------------------------------- what each step sees ----
   plan = training_plan(config, groups['train'], mesh)
   num_steps = plan.num_steps
+  if ema and ema['every'] > num_steps:
+    raise ValueError(
+      f'reference.every is {ema["every"]}, but the run has {num_steps} steps:'
+      ' the reference would never move; lower it, or choose reference=frozen'
+    )
   tqdm.tqdm.write(f'train: {plan.summary()}')
 
   # ----------------------------------------------------- optimizer, step ----
@@ -278,7 +285,7 @@ def _train(config, workdir, mesh):
   def finish(number, values):
     """Waits for a step, checks and logs its metrics."""
     nonlocal clock
-    values = jax.device_get(values)
+    values = evaluators.means(jax.device_get(values))
     check_finite(values, number, checkpoints)
     since.append(number)
     if due('log', number):

@@ -183,14 +183,24 @@ def test_unknown_loss_names_the_nearest():
     table.get('ipo_sun')
 
 
-@pytest.mark.parametrize('name', table.AMBIGUOUS)
-def test_ambiguous_names_are_refused_with_their_meanings(name):
+@pytest.mark.parametrize('name', table.INSTEAD)
+def test_names_that_are_no_loss_say_what_to_use(name):
   for find in (table.get, table.options, table.section, table.make):
-    with pytest.raises(ValueError, match=f"'{name}' is ambiguous; use '"):
+    with pytest.raises(ValueError, match=f"'{name}' is here "):
       find(name)
   # What it recommends exists.
-  meanings = re.findall(r"'(\w+)'", table.AMBIGUOUS[name])
-  assert len(meanings) > 1 and set(meanings) <= set(table.LOSSES)
+  losses = re.findall(r"'(\w+)'", table.INSTEAD[name])
+  assert set(losses) <= set(table.LOSSES)
+  for option in re.findall(r'--config.loss.(\w+.\w+=\S+)', table.INSTEAD[name]):
+    loss, _, change = option.partition('.')
+    key, _, value = change.partition('=')
+    assert table.make(loss, **{key: value})
+
+
+@pytest.mark.parametrize('text', ['mpo+sft', 'dpo+', '+dpo', ''])
+def test_sums_of_no_losses_are_refused(text):
+  with pytest.raises(ValueError, match=r'name one loss between two \+'):
+    table.section(text)
 
 
 @pytest.mark.parametrize('name', table.ELSEWHERE)
@@ -202,7 +212,7 @@ def test_names_from_elsewhere_are_losses_of_ours(name):
 
 
 def test_no_name_means_two_things():
-  lists = [table.LOSSES, table.SUMS, table.ELSEWHERE, table.AMBIGUOUS]
+  lists = [table.LOSSES, table.SUMS, table.ELSEWHERE, table.INSTEAD]
   names = [name for one in lists for name in one]
   assert len(names) == len(set(names))
 

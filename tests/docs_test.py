@@ -230,3 +230,9 @@ def test_overview_puts_dpos_twins_on_one_line(curves, monkeypatch):
   for loss, weight in groups.values():
     middle = len(curves.MARGINS) // 2
     assert loss[middle] == 0.0 and weight[middle] == 1.0
+
+
+def test_readme_lists_every_loss():
+  text = (ROOT / 'README.md').read_text()
+  (listed,) = re.findall(r'what other\nlibraries call them: `([^`]+)`', text)
+  assert sorted(listed.split()) == sorted(table.LOSSES)

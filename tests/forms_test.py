@@ -45,6 +45,24 @@ def test_a_pair_is_two_unpaired_examples():
   ]
 
 
+@pytest.mark.parametrize(
+  'p, response, ended', [(0.75, 'a', True), (0.5, 'a', True), (0.1, 'b', False)]
+)
+def test_of_a_pair_sft_takes_the_response_likelier_preferred(
+  p, response, ended
+):
+  row = {**_PAIR, 'p': p, 'rejected_ended': False}
+  (example,) = _make(row, 'sft')
+  assert (example['response'], example['ended']) == (response, ended)
+
+
+def test_rewards_count_as_read_only_where_they_are_kept():
+  for form, kept in [('pairs', True), ('unpaired', False), ('sft', False)]:
+    assert ('chosen_reward' in forms.fields_read(form)) == kept
+  assert 'rewards' in forms.fields_read('rankings')
+  assert 'rewards' not in forms.fields_read('sft')
+
+
 def test_a_ranking_without_rewards_stays_in_order():
   assert _make({**_RANKING, 'ended': False}, 'rankings') == [
     {

@@ -71,7 +71,7 @@ def test_identities_of_value_and_gradient(identity, seed):
 @pytest.mark.parametrize('link', cases.LINKS)
 @pytest.mark.parametrize('size', [1.0, 30.0, 1e4])
 def test_plackett_luce_of_two_is_dpo_bit_for_bit(link, size):
-  scores = cases.draw(0, B=50, size=size)
+  scores = cases.draw(0, B=1000, size=size)
   for one, other in zip(
     cases.measure('plackett_luce', {'link': link}, scores),
     cases.measure('dpo', {'link': link}, scores),

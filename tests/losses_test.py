@@ -116,7 +116,7 @@ def test_no_gradient_passes_through_the_chosen_kl_of_tdpo2():
 @pytest.mark.usefixtures('float64')
 def test_bco_learns_as_if_its_shift_were_a_constant():
   scores = cases.draw(0, dtype=np.float64)
-  shift = levels.bco_memory(scores, beta=0.1)['mean']
+  shift = levels.bco_memory(scores, beta=0.1, shift='running')['mean']
   fixed = scores._replace(ref=scores.ref + shift / 0.1)
   running = table.make('bco', beta=0.1)
   constant = table.make('bco', beta=0.1, shift='none')

@@ -142,7 +142,11 @@ def loss_by_hand(section, form, reference):
   weight = np.array([group.weight for group in data(form)])
   total = 0.0
   for term in table.bind(section):
-    scores = scores_by_hand(form, term.reduction, reference)
+    # Only a loss of mismatched responses may see them.
+    alone = form == 'mismatched' and not term.loss.mismatched
+    scores = scores_by_hand(
+      'unpaired' if alone else form, term.reduction, reference
+    )
     total += term.weight * (weight * np.asarray(table.values(term, scores)))
   return total.sum()
 
@@ -204,6 +208,14 @@ CASES += [
   ({'bco': table.options('bco')}, 'unpaired'),
   (table.section('mpo'), 'pairs'),
   (table.section('dpo+likelihood_penalty+tdpo2'), 'pairs'),
+  (table.section('kto+bco'), 'mismatched'),
+  (
+    {
+      'kto': table.options('kto'),
+      'apo_zero_unpaired': table.options('apo_zero_unpaired', weighting='wpo'),
+    },
+    'mismatched',
+  ),
 ]
 
 
@@ -270,6 +282,27 @@ def test_the_running_mean_of_bco_counts_all_rewards_so_far():
       memory['bco']['mean'], rewards[seen].mean(), rtol=1e-4
     )
     assert memory['bco']['count'] == 2 * len(seen)
+
+
+def test_logged_rewards_are_of_the_first_preference_in_the_table():
+  policy, ref = models()
+  batch = batches.evaluation_plan(
+    data('pairs'), batch_size=13, row_length=64, multiple=1
+  ).batch(0)
+
+  def margin(text, **changes):
+    section = table.section(text)
+    for name, options in changes.items():
+      section[name] |= options
+    section = dict(sorted(section.items()))  # as a saved config has them
+    totals, _ = jax.jit(worlds.make_sums(CONFIG, section))(
+      policy, ref, batch, objectives.first_memory(table.bind(section))
+    )
+    return totals['rewards/margin'][0]
+
+  alone = margin('plackett_luce', plackett_luce={'beta': 0.3})
+  changes = {'plackett_luce': {'beta': 0.3}, 'bco': {'beta': 5.0}}
+  assert margin('sft+plackett_luce+bco', **changes) == alone
 
 
 def test_a_loss_without_its_rewards_says_so():

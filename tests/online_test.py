@@ -73,6 +73,25 @@ def train_config(**changes):
 @pytest.mark.parametrize(
   'changes, message',
   [
+    ({'loss.dpo.reduction': 'foo'}, "unknown reduction 'foo'"),
+    ({'loss.dpo.labels': 'soft'}, "labels 'soft' would change nothing"),
+    ({'data.form': 'rankings'}, 'rounds write pairs'),
+    ({'data.constraint': 'digits'}, 'no loss looks at costs'),
+  ],
+)
+def test_losses_are_checked_before_anything_is_sampled(
+  tmp_path, changes, message
+):
+  config = quickstart.get_config('debug')
+  config.train.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    online.run(settings.Settings(config.to_dict()), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     ({'seed': 3}, 'train.seed is set by the loop'),
     ({'data.source': 'x.jsonl'}, 'train.data.source is set by the loop'),
     ({'eval.samples.reward': 'length'}, 'reward is set by the loop'),

@@ -51,7 +51,7 @@ def losses_of_a_run(devices, mesh_shape):
     for number in range(5):
       batch = evaluators.put_batch(plan, number, mesh)
       state, metrics = step(state, ref, batch)
-      values.append(float(metrics['loss']))
+      values.append(float(metrics['loss'][0]))
   return np.array(values), jax.device_get(state.params), state
 
 

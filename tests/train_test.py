@@ -127,6 +127,23 @@ def test_other_forms_and_choices_learn(tmp_path, arg, changes, metric):
   assert reward[-1] > reward[0] + 0.01
 
 
+def test_a_batch_of_desirable_responses_alone_has_valid_metrics(tmp_path):
+  config = worlds.debug_config(tmp_path, 'loss=kto')
+  path = worlds.write_pairs(tmp_path)
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  path.write_text(
+    ''.join(
+      json.dumps({'prompt': r['prompt'], 'response': r['chosen'], 'label': 1})
+      + '\n'
+      for r in rows
+    )
+  )
+  train.train(config, tmp_path / 'run')
+  text = (tmp_path / 'run' / 'metrics.jsonl').read_text()
+  assert 'NaN' not in text and 'undesirable' not in text
+  assert len(losses_of(tmp_path / 'run', 'train/rewards/desirable')) == 2
+
+
 def test_rankings_train(tmp_path):
   config = worlds.debug_config(
     tmp_path,
@@ -176,6 +193,13 @@ def test_a_hard_update_makes_the_reference_the_policy(tmp_path):
   assert [abs(x - math.log(2)) < 1e-6 for x in heldout] == [True, False] * 3 + [
     True
   ]
+
+
+def test_rewards_a_loss_could_use_are_used_or_refused(tmp_path):
+  config = worlds.debug_config(tmp_path, 'loss=nca')
+  worlds.write_pairs(tmp_path, chosen_reward=1.0, rejected_reward=0.0)
+  with pytest.raises(ValueError, match='set its reward_temperature above 0'):
+    train.train(config, tmp_path / 'run')
 
 
 def test_weights_a_batch_loss_cannot_apply_are_refused(tmp_path):
@@ -334,7 +358,9 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     ('', {'reference.mode': 'emma'}, "did you mean 'ema'"),
     ('', {'reference.mode': 'cached'}, 'behind the colon'),
     ('reference=ema', {'reference.every': 0}, 'reference.every be 1 or more'),
+    ('reference=ema', {'reference.every': 3}, 'would never move'),
     ('loss=tdpo1,reference=cached', {}, 'is not cached'),
+    ('loss=nca', {'loss.nca.reward_temperature': 1.0}, 'the data lacks'),
     ('loss=kto', {'data.form': 'pairs'}, 'learn from unpaired'),
     ('', {'loss.dpo.labels': 'soft'}, "labels 'soft' would change nothing"),
     ('', {'loss.dpo.reduction': 'ld'}, 'number behind a colon'),

@@ -234,13 +234,18 @@ def read(row: dict, form: str) -> dict:
       return _READERS[name](row, form)
   for name, others in _FORMS_OF.items():
     if name in row:
-      raise BadRow(f'a row with {name!r} cannot be {form!r}; use form {others}')
+      raise BadRow(
+        f'a row with {name!r} cannot be {form!r}; use form {others} (data.form)'
+      )
   return _READERS[_READ_BY[form][-1]](row, form)  # says what is missing
 
 
 def fields_read(form: str) -> set[str]:
-  """Names the fields of rows that can become the form."""
-  return {field for name in _READ_BY[form] for field in FIELDS[_KIND[name]]}
+  """Names the fields of rows that can become the form, and matter there."""
+  fields = {field for name in _READ_BY[form] for field in FIELDS[_KIND[name]]}
+  if form in ('sft', 'unpaired'):
+    fields -= {'chosen_reward', 'rejected_reward', 'rewards'} - {*FIELDS[form]}
+  return fields
 
 
 # --- Forms ---
@@ -252,8 +257,9 @@ def of_form(
   """Makes examples of a form of what a row was.
 
   A pair is two unpaired examples, the rejected response's label is 1 - p. For
-  SFT a pair is its chosen response, a ranking its best, a review what follows
-  its first `prompt_words`, and a response with a label under 0.5 is none.
+  SFT a pair is the response more likely preferred, a ranking its best, a review
+  what follows its first `prompt_words`, and a response with a label under 0.5
+  is none.
   """
   if form == 'unpaired' and 'chosen' in example:
     return [
@@ -277,7 +283,8 @@ def of_form(
   if example.get('label', 1.0) < 0.5:
     return []
   if 'chosen' in example:
-    response, ended = example['chosen'], example['chosen_ended']
+    side = 'chosen' if example['p'] >= 0.5 else 'rejected'
+    response, ended = example[side], example[f'{side}_ended']
   elif 'responses' in example:
     response, ended = example['responses'][0], example['ended'][0]
   else:

@@ -50,13 +50,6 @@ def _partner_at_rank(values, others, mask):
   return jnp.where(mask, at_rank, 0.0).reshape(shape)
 
 
-def _smoothed(z, label_smoothing):
-  return -(
-    (1.0 - label_smoothing) * jax.nn.log_sigmoid(z)
-    + label_smoothing * jax.nn.log_sigmoid(-z)
-  )
-
-
 def aot(scores, *, beta=0.01, label_smoothing=0.0):
   """Alignment via optimal transport, paired: margins dominate the reference's.
 
@@ -77,7 +70,7 @@ def aot(scores, *, beta=0.01, label_smoothing=0.0):
   ref = jnp.broadcast_to(scores.ref, scores.policy.shape)
   ref = ref[..., 0] - ref[..., 1]
   lead = policy - _partner_at_rank(policy, ref, scores.mask)
-  return _smoothed(beta * lead, label_smoothing)
+  return scoring.soft_logistic(beta * lead, 1.0 - label_smoothing)
 
 
 def aot_unpaired(scores, *, beta=0.01, label_smoothing=0.0):
@@ -98,7 +91,7 @@ def aot_unpaired(scores, *, beta=0.01, label_smoothing=0.0):
   rho = scoring.log_ratio(scores)
   chosen, rejected = rho[..., 0], rho[..., 1]
   lead = chosen - _partner_at_rank(chosen, rejected, scores.mask)
-  return _smoothed(beta * lead, label_smoothing)
+  return scoring.soft_logistic(beta * lead, 1.0 - label_smoothing)
 
 
 def kto(scores, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):

@@ -67,6 +67,11 @@ REDUCTIONS = {
 }
 
 
+# Those that compare the lengths of a pair, and those that divide by a length.
+OF_PAIRS = ('ld', 'ld_mean')
+PER_TOKEN = ('mean', 'batch_mean', 'ld_mean')
+
+
 # --- Links: from log-ratio to score, one per f-divergence ---
 #
 # With u = pi/pi_ref = exp(rho), the score is f'(u) up to a constant; margins

@@ -51,7 +51,8 @@ def bco(scores, *, beta=0.01, shift='running'):
   """
   reward = beta * scoring.log_ratio(scores)
   if shift == 'running':
-    reward -= jax.lax.stop_gradient(bco_memory(scores, beta=beta)['mean'])
+    memory = bco_memory(scores, beta=beta, shift=shift)
+    reward -= jax.lax.stop_gradient(memory['mean'])
   elif shift != 'none':
     raise ValueError(f"bco: shift is {shift!r}; use 'running' or 'none'")
   good, bad = -jax.nn.log_sigmoid(reward), -jax.nn.log_sigmoid(-reward)
@@ -60,9 +61,10 @@ def bco(scores, *, beta=0.01, shift='running'):
   return good[..., 0] + bad[..., 1]
 
 
-def bco_memory(scores, *, beta, shift='running'):
+def bco_memory(scores, *, beta, shift):
   """`scores.memory` after this batch: mean of all rewards, and how many."""
-  del shift
+  if shift == 'none':
+    return {}
   reward = beta * scoring.log_ratio(scores)
   mask = jnp.broadcast_to(jnp.asarray(scores.mask)[..., None], reward.shape)
   count = jnp.sum(mask, dtype=jnp.float32)

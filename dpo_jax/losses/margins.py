@@ -59,10 +59,7 @@ def cdpo(scores, *, beta=0.1, label_smoothing=0.1, link=choices.reverse_kl):
   [0.636, 0.756, 0.327]
   """
   z = beta * scoring.margin(scores, link)
-  return -(
-    (1.0 - label_smoothing) * jax.nn.log_sigmoid(z)
-    + label_smoothing * jax.nn.log_sigmoid(-z)
-  )
+  return scoring.soft_logistic(z, 1.0 - label_smoothing)
 
 
 def soft(scores, *, beta=0.1, link=choices.reverse_kl):
@@ -78,10 +75,7 @@ def soft(scores, *, beta=0.1, link=choices.reverse_kl):
   >>> scoring.rounded(soft(scoring.example()._replace(p=0.8)))
   [0.651, 0.741, 0.527]
   """
-  z = beta * scoring.margin(scores, link)
-  return -(
-    scores.p * jax.nn.log_sigmoid(z) + (1.0 - scores.p) * jax.nn.log_sigmoid(-z)
-  )
+  return scoring.soft_logistic(beta * scoring.margin(scores, link), scores.p)
 
 
 def robust(scores, *, beta=0.1, label_smoothing=0.1, link=choices.reverse_kl):
@@ -102,9 +96,9 @@ def robust(scores, *, beta=0.1, label_smoothing=0.1, link=choices.reverse_kl):
   e = label_smoothing
   if not 0.0 <= e < 0.5:
     raise ValueError(f'robust: label_smoothing {e} must lie in [0, 0.5)')
-  z = beta * scoring.margin(scores, link)
-  return (e * jax.nn.log_sigmoid(-z) - (1.0 - e) * jax.nn.log_sigmoid(z)) / (
-    1.0 - 2.0 * e
+  # A label beyond 1, which the flips bring back to 1 on average.
+  return scoring.soft_logistic(
+    beta * scoring.margin(scores, link), (1.0 - e) / (1.0 - 2.0 * e)
   )
 
 
@@ -323,13 +317,16 @@ def plackett_luce(scores, *, beta=0.1, top=0, link=choices.reverse_kl):
   factors = top or K - 1
   if not 0 <= top < K:
     raise ValueError(f'top is {top}; {K} responses have factors 1 to {K - 1}')
-  # Differences first, as in DPO, so that K = 2 has its very bits.
-  lead = beta * (score[..., :, None] - score[..., None, :])
-  worse = jnp.arange(K)[:, None] < jnp.arange(K)[None, :]
-  rest = jax.nn.logsumexp(
-    -lead[..., :factors, :], axis=-1, where=worse[:factors]
-  )
-  return -jnp.sum(jax.nn.log_sigmoid(-rest), axis=-1)
+  total = 0.0
+  for k in range(factors):
+    # Differences first, as in DPO, and no sum over one: K = 2 has DPO's bits.
+    lead = beta * (score[..., k : k + 1] - score[..., k + 1 :])
+    if k == K - 2:
+      total -= jax.nn.log_sigmoid(lead[..., 0])
+    else:
+      rest = jax.nn.logsumexp(-lead, axis=-1)
+      total -= jax.nn.log_sigmoid(-rest)
+  return total
 
 
 def infonca(scores, *, beta=0.01, reward_temperature=0.0):

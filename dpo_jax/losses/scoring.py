@@ -92,8 +92,27 @@ def log_complement(logp):
   )
 
 
+def soft_logistic(z, p):
+  """-p log sigmoid(z) - (1-p) log sigmoid(-z): cross-entropy with a label p."""
+  return -(p * jax.nn.log_sigmoid(z) + (1.0 - p) * jax.nn.log_sigmoid(-z))
+
+
+def first_responses(scores, number):
+  """The same scores of each group's first `number` responses alone."""
+  return scores._replace(
+    **{
+      field: value[..., :number]
+      for field, value in scores._asdict().items()
+      if field in OF_RESPONSES and value is not None and jnp.ndim(value)
+    }
+  )
+
+
 def exp(x):
-  """exp(x), continued by its tangent above 30, where float32 would overflow."""
+  """exp(x), continued by its tangent above 30.
+
+  float32 ends at exp(88), and squares and products of this must not overflow.
+  """
   low = jnp.minimum(x, 30.0)
   return jnp.exp(low) * (1.0 + (x - low))
 

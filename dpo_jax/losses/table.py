@@ -148,18 +148,22 @@ ELSEWHERE = {
   'aot_pair': ('aot', {}),
   'kto_pair': ('kto', {}),
 }
-# Names that mean different things elsewhere.
-AMBIGUOUS = {
-  'ipo': "'ipo_sum' (the paper's) or 'ipo_mean' (TRL's)",
-  'tdpo': "'tdpo1' or 'tdpo2'",
-  'apo': "'apo_zero', 'apo_down' or 'apo_zero_unpaired'",
+# Names that are no loss here, and what to use instead.
+INSTEAD = {
+  'ipo': "two losses: 'ipo_sum' (the paper's) and 'ipo_mean' (TRL's)",
+  'tdpo': "two losses: 'tdpo1' and 'tdpo2'",
+  'apo': "three losses: 'apo_zero', 'apo_down' and 'apo_zero_unpaired'",
+  'wpo': 'an option: --config.loss.dpo.weighting=wpo',
+  'ld': 'an option: --config.loss.dpo.reduction=ld:0.5',
+  'f_dpo': 'an option: --config.loss.dpo.link=forward_kl',
+  'tr_dpo': 'a reference: reference=ema behind the colon of --config',
 }
 
 
 def get(name):
   """Returns the table row; an unknown name raises with the nearest one."""
-  if name in AMBIGUOUS:
-    raise ValueError(f'loss {name!r} is ambiguous; use {AMBIGUOUS[name]}')
+  if name in INSTEAD:
+    raise ValueError(f'loss {name!r} is here {INSTEAD[name]}')
   return names.look_up(LOSSES, 'loss', name)
 
 
@@ -189,6 +193,10 @@ def section(text):
     return {name: options(name, **o) for name, o in SUMS[text].items()}
   out = {}
   for part in str(text).split('+'):
+    if part in SUMS or not part:
+      raise ValueError(
+        f'{text!r}: name one loss between two +; {", ".join(SUMS)} stands alone'
+      )
     name, changes = ELSEWHERE.get(part, (part, {}))
     if name in out:
       raise ValueError(f'loss {name!r} stands twice in {text!r}')
@@ -220,18 +228,34 @@ class Term(NamedTuple):
   weighting: str
   weigh: Callable  # see `choices`
   soft: bool
-  remember: Callable | None  # scores -> Scores.memory
+  needs: frozenset  # optional fields of Scores, with these options
+  of_pairs: bool  # a choice compares the two responses of a pair
+  memory: dict  # before the first batch, zeros
+  remember: Callable  # scores -> memory
   reward_scale: float  # times rho: the reward that is logged
 
 
 def bind(terms):
   """Turns a config's {loss: options} into terms, or says what does not fit.
 
-  Every option must be there, and be supported by its loss.
+  Every option must be there, and be supported by its loss. Terms stand in the
+  order of the table, because a saved config has none.
   """
   if not terms:
     raise ValueError('no loss is given; name one of the table')
-  return tuple(_bind(name, dict(values)) for name, values in terms.items())
+  for name in terms:
+    get(name)
+  return tuple(
+    _bind(name, dict(terms[name])) for name in LOSSES if name in terms
+  )
+
+
+def of_rewards(terms):
+  """Returns the term whose implicit reward is logged.
+
+  The first that looks at preferences, with a reference if one of them has it.
+  """
+  return min(terms, key=lambda t: (not t.loss.preference, not t.loss.reference))
 
 
 def _bind(name, values):
@@ -272,7 +296,7 @@ def _bind(name, values):
   link = values.get('link')
   if link is not None:
     values['link'] = choices.choose(choices.LINKS, 'link', link)
-    if link != 'reverse_kl' and kind in ('mean', 'ld_mean'):
+    if link != 'reverse_kl' and kind in choices.PER_TOKEN:
       raise ValueError(
         f'loss {name!r}: link {link!r} is a function of the ratio of whole'
         " responses; use reduction 'sum' or 'ld'"
@@ -285,7 +309,11 @@ def _bind(name, values):
       )
   function = functools.partial(loss.function, **values)
   jax.eval_shape(function, _ANY)  # raises where a value makes no sense
-  remember = loss.remember and functools.partial(loss.remember, **values)
+  remember = functools.partial(loss.remember or _nothing, **values)
+  memory = jax.tree.map(jnp.zeros_like, jax.eval_shape(remember, _ANY))
+  needs = set(loss.needs)
+  if 'reward_temperature' in values:  # which of the two is the target
+    needs.discard('p' if values['reward_temperature'] else 'rewards')
   return Term(
     name=name,
     loss=loss,
@@ -296,6 +324,9 @@ def _bind(name, values):
     weighting=weighting,
     weigh=weigh,
     soft=soft,
+    needs=frozenset(needs),
+    of_pairs=soft or kind in choices.OF_PAIRS,
+    memory=memory,
     remember=remember,
     reward_scale=values.get('beta', 1.0),
   )
@@ -324,6 +355,12 @@ _ANY = scoring.Scores(
     jnp.zeros((1, 99)),
   ),
 )
+
+
+def _nothing(scores, **keywords):
+  """What a loss without a memory remembers."""
+  del scores, keywords
+  return {}
 
 
 def _keywords(function):
