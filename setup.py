@@ -28,6 +28,8 @@ setuptools.setup(
     'tqdm>=4.66',
     'vaderSentiment>=3.3.2',
   ],
-  extras_require={'test': ['pytest>=8.0', 'ruff>=0.17,<0.18']},
+  extras_require={
+    'test': ['pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.17,<0.18']
+  },
   entry_points={'console_scripts': ['dpo-jax = dpo_jax.main:run']},
 )

@@ -149,8 +149,15 @@ def sections():
     table.LOSSES, lambda name: inspect.getmodule(table.get(name).function)
   )
   parts = []
+  seen = set()
   for module, names in modules:
     title = module.__name__.rpartition('.')[2].capitalize()
+    if title in seen:
+      raise ValueError(
+        f'the rows of {module.__name__} do not stand together in table.LOSSES,'
+        f' see {next(names)!r}; move it to the others'
+      )
+    seen.add(title)
     parts += [f'## {title}', inspect.getdoc(module), *map(loss_section, names)]
   return '\n\n'.join(parts)
 
@@ -228,6 +235,7 @@ def main(arguments):
     sys.exit('\n'.join(lines) + '\nRun docs/make_losses.py' if lines else 0)
   if arguments:
     sys.exit(__doc__)
+  text = page()  # raises where a docstring does not fit, before a file goes
   FOLDER.mkdir(exist_ok=True)
   for path in FOLDER.glob('*.svg'):
     path.unlink()
@@ -237,7 +245,7 @@ def main(arguments):
     loss_curves.draw(name, title, FOLDER / f'{name}.svg')
   loss_curves.draw_overview(FOLDER / f'{OVERVIEW}.svg')
   CURVES.write_text(json.dumps(loss_curves.samples(), indent=1) + '\n')
-  PAGE.write_text(page())
+  PAGE.write_text(text)
 
 
 if __name__ == '__main__':

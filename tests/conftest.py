@@ -46,3 +46,12 @@ def float64():
 
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_compiled():
+  """Frees what a module compiled; all of it together would be gigabytes."""
+  yield
+  import jax  # not before the environment is set
+
+  jax.clear_caches()

@@ -16,7 +16,7 @@ from absl import flags
 from dpo_jax import metrics
 from dpo_jax import settings
 from dpo_jax import train
-from dpo_jax.losses import margins
+from dpo_jax.losses import likelihoods
 from dpo_jax.losses import table
 from tests import worlds
 
@@ -41,11 +41,20 @@ def curves(make_losses):
 
 
 def test_page_is_current(make_losses):
-  assert make_losses.stale_page() == []
+  assert make_losses.stale_page() == [], 'run docs/make_losses.py'
 
 
 def test_pictures_are_current(make_losses):
-  assert make_losses.stale_pictures() == []
+  stale = '\n'.join(make_losses.stale_pictures())
+  assert not stale, f'run docs/make_losses.py:\n{stale}'
+
+
+def test_rows_of_a_module_stand_together(make_losses, monkeypatch):
+  rows = {n: row for n, row in table.LOSSES.items() if n != 'dpo'}
+  last = rows | {'dpo': table.LOSSES['dpo']}
+  monkeypatch.setattr(table, 'LOSSES', last)
+  with pytest.raises(ValueError, match=r"do not stand together.*'dpo'"):
+    make_losses.sections()
 
 
 def test_new_and_removed_losses_are_noticed(make_losses, monkeypatch):
@@ -53,7 +62,7 @@ def test_new_and_removed_losses_are_noticed(make_losses, monkeypatch):
   monkeypatch.setattr(
     make_losses.loss_curves, 'samples', lambda: stored | {'extra': {}}
   )
-  monkeypatch.setitem(table.LOSSES, 'extra', table.Loss(margins.dpo))
+  monkeypatch.setitem(table.LOSSES, 'extra', table.Loss(likelihoods.slic))
   monkeypatch.delitem(table.LOSSES, 'orpo')
   assert make_losses.stale_page()
   assert make_losses.stale_pictures() == [

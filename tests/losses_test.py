@@ -21,7 +21,16 @@ every_loss = pytest.mark.parametrize('name', table.LOSSES)
 
 
 def test_every_loss_has_a_case():
-  assert {case.name for case in cases.ALL} == set(table.LOSSES)
+  missing = set(table.LOSSES) ^ {case.name for case in cases.ALL}
+  assert not missing, 'give it a case in GOLDEN or FORMULAS of tests/cases.py'
+
+
+@every_loss
+def test_a_loss_has_a_reference_if_it_looks_at_one(name):
+  scores, function = cases.draw(0), table.make(name)
+  moved = scores._replace(ref=scores.ref + jnp.array([0.7, -1.3]))
+  looks = np.abs(function(moved) - function(scores)).max() > 0.0
+  assert looks == table.get(name).reference, f'set reference={looks} in its row'
 
 
 @pytest.mark.parametrize('case', cases.GOLDEN, ids=str)
@@ -212,7 +221,7 @@ def test_which_losses_ignore_the_level_of_the_log_probs(name):
   if name in INVARIANT:
     np.testing.assert_array_equal(after, before)
   else:
-    assert np.abs(after - before).max() > 1e-4
+    assert np.abs(after - before).max() > 1e-4, 'is it one of INVARIANT?'
 
 
 @pytest.mark.parametrize('link', [x for x in cases.LINKS if x != 'reverse_kl'])
@@ -266,7 +275,7 @@ def test_a_better_chosen_response_never_costs_more(name):
     scores = scores._replace(p=jnp.ones(50))
     grad = np.asarray(cases.measure(name, {}, scores)[1])
     wrong += np.sum(grad[:, 0] > 0) + np.sum(grad[:, 1] < 0)
-  assert (wrong > 0) == (name in EXCEPTIONS)
+  assert (wrong > 0) == (name in EXCEPTIONS), 'is it one of EXCEPTIONS?'
 
 
 @pytest.mark.parametrize(
