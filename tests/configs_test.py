@@ -64,7 +64,7 @@ def test_sums_and_names_from_elsewhere_have_configs():
   assert preference.get_config('loss=mpo').loss.bco.weight == 0.2
   config = preference.get_config('loss=bco_pair')
   assert config.loss.bco.shift == 'none'
-  with pytest.raises(ValueError, match=r"'ipo_sum' .* or 'ipo_mean'"):
+  with pytest.raises(ValueError, match=r"'ipo_sum' .* and 'ipo_mean'"):
     preference.get_config('loss=ipo')
   with pytest.raises(ValueError, match='no form of data suits'):
     preference.get_config('loss=kto+dpo')
