@@ -191,7 +191,7 @@ def make_samples(
       columns['kl'] = sequence_kl(params, ref_params, plan)
     texts = response_texts(samples, tokenizer)
     prompt_texts = [
-      tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :])
+      tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :], start=True)
       for prompt in repeated
     ]
     if score:

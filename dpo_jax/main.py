@@ -42,6 +42,7 @@ def prepare(config, workdir):
   del workdir  # nothing is written but the data cache
   mesh = sharding.make_mesh(**config.mesh)
   model_config, _, tokenizer = runs.open_model(config.model, mesh=mesh)
+  tokenizer = runs.templated(tokenizer, config.data.chat_template)
   terms = runs.bind_losses(config.loss)
   groups, report = runs.load_groups(config.data, tokenizer, model_config, terms)
   plan = train.training_plan(config, groups['train'], mesh)

@@ -39,6 +39,16 @@ class Prefix:
   stripped: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Added:
+  """A token that is no piece of text; lstrip, rstrip: it takes blanks."""
+
+  id: int
+  special: bool
+  lstrip: bool = False
+  rstrip: bool = False
+
+
 class SubwordTokenizer:
   """See the module, and `tokenizers` for what all tokenizers have.
 
@@ -80,7 +90,12 @@ class SubwordTokenizer:
     backend.encode_special_tokens = True
     self.vocab_size = max(backend.get_vocab().values()) + 1
     added = content.get('added_tokens') or ()
-    self.added_tokens = {token['content']: token['id'] for token in added}
+    self.added_tokens = {
+      token['content']: Added(
+        token['id'], token['special'], token['lstrip'], token['rstrip']
+      )
+      for token in added
+    }
     self._forbidden = {t['id']: t['content'] for t in added if t['special']}
     unknown = content['model'].get('unk_id')
     unk_token = content['model'].get('unk_token')
@@ -125,6 +140,26 @@ class SubwordTokenizer:
     other = copy.copy(self)
     other.template = template
     other._files = self._files | {'chat_template.jinja': template.encode()}
+    return other
+
+  def guarded(self, texts: Iterable[str]) -> 'SubwordTokenizer':
+    """Returns a tokenizer for which added tokens are special, too."""
+    texts = [t for t in texts if not self.added_tokens[t].special]
+    if not texts:
+      return self
+    other = copy.copy(self)
+    other._backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+    other._backend.encode_special_tokens = True
+    other._backend.add_special_tokens(
+      [tokenizers.AddedToken(text, normalized=False) for text in texts]
+    )
+    other.added_tokens = self.added_tokens | {
+      text: dataclasses.replace(self.added_tokens[text], special=True)
+      for text in texts
+    }
+    other._forbidden = self._forbidden | {
+      self.added_tokens[text].id: text for text in texts
+    }
     return other
 
   def save(self, folder) -> list[str]:

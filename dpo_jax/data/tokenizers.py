@@ -18,7 +18,9 @@ Every tokenizer has the same attributes:
   eos_ids             all that the model may end with; the first is eos_id
   bos_id              starts a prompt, or None: the model wants none
   vocab_size          one past the largest id
-  added_tokens        {text: id}; what chat templates may write, data never
+  added_tokens        {text: subwords.Added}; chat templates write them, data
+                      never those that are special
+  guarded(texts)      the same tokenizer with more of them special
   names               {'eos_token': text, ...}, which chat templates ask for
   prefix              where SentencePiece's space goes, see `subwords.Prefix`
   template            the chat template (see `chat`), or None
@@ -66,7 +68,7 @@ class ByteTokenizer:
   prefix = subwords.Prefix()
 
   def __init__(self):
-    self.added_tokens = {'<eos>': 256}
+    self.added_tokens = {'<eos>': subwords.Added(256, special=True)}
     self.names = {'eos_token': '<eos>'}
 
   def encode(self, text: str, *, start: bool = False) -> list[int]:
@@ -90,6 +92,10 @@ class ByteTokenizer:
     other = copy.copy(self)
     other.template = template
     return other
+
+  def guarded(self, texts: Iterable[str]) -> 'ByteTokenizer':
+    del texts  # its only one is special
+    return self
 
   def save(self, folder) -> list[str]:
     """Writes a tokenizer.json that encodes the same."""
