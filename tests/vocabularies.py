@@ -110,3 +110,31 @@ def sentencepiece_folder(folder, name, **settings):
   (folder / 'tokenizer.model').write_bytes(data)
   (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
   return tokenizers.from_folder(folder)
+
+
+def chat_tokenizers():
+  """{name: a tokenizer like that family's, with its kind of template}."""
+  plain = gguf_metadata()
+  tokens = plain['tokenizer.ggml.tokens']
+  marks = ['<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>']
+  tokens = [*tokens, *marks, '<|eot_id|>']
+  llama3 = gguf_metadata(
+    pre='llama-bpe',
+    tokens=tokens,
+    token_type=[*plain['tokenizer.ggml.token_type'], 3, 3, 3, 3],
+    bos_token_id=tokens.index('<|begin_of_text|>'),
+    eos_token_id=tokens.index('<|eot_id|>'),
+    add_bos_token=None,
+  )
+  metadata = {
+    'chatml': plain,
+    'llama3': llama3,
+    'mistral': pieces_metadata('bpe'),
+    'gemma': pieces_metadata('bpe_bare'),
+  }
+  return {
+    name: tokenizers.from_gguf(values).with_template(
+      (GOLDEN / 'templates' / f'{name}.jinja').read_text()
+    )
+    for name, values in metadata.items()
+  }

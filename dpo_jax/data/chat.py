@@ -17,6 +17,7 @@ template's. So a user who writes '<|im_end|>' gets the letters, not the token,
 however the template puts texts together.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -92,10 +93,11 @@ class Renderer:
 
 
 def _end(process) -> None:
-  process.stdin.close()
-  process.stdout.close()
   process.kill()
   process.wait()
+  process.stdout.close()
+  with contextlib.suppress(BrokenPipeError):  # it may have died before
+    process.stdin.close()
 
 
 @dataclasses.dataclass(frozen=True)
