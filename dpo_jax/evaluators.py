@@ -170,7 +170,7 @@ def make_samples(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         batch_size=batch_size,
         on_batch=lambda done: bar.update(done - bar.n),
       )

@@ -72,7 +72,7 @@ def sample(config, workdir):
     max_new_tokens=how.max_new_tokens,
     temperature=how.temperature,
     top_p=how.top_p,
-    eos_id=tokenizer.eos_id,
+    eos_id=tokenizer.eos_ids,
     batch_size=how.batch_size,
   )
   texts = evaluators.response_texts(samples, tokenizer)
