@@ -13,6 +13,7 @@ GOLDEN = json.loads((vocabularies.GOLDEN / 'templates.json').read_text())
 FAMILIES = vocabularies.chat_tokenizers()
 ENDS = {
   'chatml': '<|im_end|>',
+  'smollm2': '<|im_end|>',
   'llama3': '<|eot_id|>',
   'mistral': '</s>',
   'gemma': '<end_of_turn>',
@@ -38,7 +39,22 @@ def with_template(template):
 
 @every_family
 def test_tokens_are_those_of_transformers(name):
-  tokenizer, compared = FAMILIES[name], 0
+  check_tokens(name, FAMILIES[name])
+
+
+@pytest.mark.slow
+def test_tokens_of_smollm2_are_those_of_transformers():
+  import gguf
+
+  from dpo_jax import runs
+
+  fields = gguf.GGUFReader(runs.package_file('smollm2-135m')).fields
+  metadata = {name: field.contents() for name, field in fields.items()}
+  check_tokens('smollm2', tokenizers.from_gguf(metadata))
+
+
+def check_tokens(name, tokenizer):
+  compared = 0
   with chat.Chat(tokenizer) as template:
     for messages, want in zip(
       GOLDEN['conversations'], GOLDEN['templates'][name], strict=True

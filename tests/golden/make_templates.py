@@ -2,18 +2,21 @@
 
 Needs transformers, which nothing else here does:
   pip install 'transformers==5.*'
-  PYTHONPATH=. python tests/golden/make_templates.py
-The templates in `templates/` are ours, in the manner of their families.
+  PYTHONPATH=. python tests/golden/make_templates.py [SmolLM2.gguf]
+The templates in `templates/` are ours, in the manner of their families; with
+a SmolLM2 file its own is there, too.
 """
 
 import json
 import pathlib
+import sys
 import tempfile
 
 import jinja2
 import tokenizers as backend
 import transformers
 
+from dpo_jax.data import tokenizers
 from tests import vocabularies
 
 HERE = pathlib.Path(__file__).parent
@@ -54,7 +57,15 @@ def main():
     'conversations': CONVERSATIONS,
     'templates': {},
   }
-  for name, tokenizer in vocabularies.chat_tokenizers().items():
+  family = vocabularies.chat_tokenizers()
+  if sys.argv[1:]:
+    import gguf
+
+    fields = gguf.GGUFReader(sys.argv[1]).fields
+    family['smollm2'] = tokenizers.from_gguf(
+      {name: field.contents() for name, field in fields.items()}
+    )
+  for name, tokenizer in family.items():
     with tempfile.TemporaryDirectory() as folder:
       tokenizer.save(folder)
       theirs = transformers.AutoTokenizer.from_pretrained(folder)
