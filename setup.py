@@ -16,6 +16,7 @@ setuptools.setup(
     'gguf>=0.17',
     'importlib-resources>=6.4',  # tensorflow-datasets needs it
     'jax>=0.10',
+    'jinja2>=3.1.6',
     'matplotlib>=3.9',
     'ml-collections>=1.0',
     'numpy>=2.0',

@@ -107,6 +107,7 @@ def training(arg):
 
   config.data = pick(DATA, 'data set', arg['data'])
   config.data.source = 'official'  # or a local folder or file
+  config.data.chat_template = ''  # file for messages; '': the model's own
   config.data.form = table.common_forms(loss)[0]  # pairs, rankings, ...
   config.data.constraint = 'none'  # or a name of rewards.CONSTRAINTS: costs
   config.data.cache_dir = ''  # of prepared data; '' is the user's cache

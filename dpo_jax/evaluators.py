@@ -174,7 +174,7 @@ def make_samples(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         batch_size=batch_size,
         on_batch=lambda done: bar.update(done - bar.n),
       )
@@ -195,7 +195,7 @@ def make_samples(
       columns['kl'] = sequence_kl(params, ref_params, plan)
     texts = response_texts(samples, tokenizer)
     prompt_texts = [
-      tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :])
+      tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :], start=True)
       for prompt in repeated
     ]
     if score:

@@ -43,6 +43,7 @@ def prepare(config, workdir):
   del workdir  # nothing is written but the data cache
   mesh = sharding.make_mesh(**config.mesh)
   model_config, _, tokenizer = runs.open_model(config.model, mesh=mesh)
+  tokenizer = runs.templated(tokenizer, config.data.chat_template)
   terms = runs.bind_losses(config.loss)
   objectives.check_reference(terms, dict(config.reference))
   groups, report = runs.load_groups(config.data, tokenizer, model_config, terms)
@@ -75,7 +76,7 @@ def sample(config, workdir):
     max_new_tokens=how.max_new_tokens,
     temperature=how.temperature,
     top_p=how.top_p,
-    eos_id=tokenizer.eos_id,
+    eos_id=tokenizer.eos_ids,
     batch_size=how.batch_size,
   )
   texts = evaluators.response_texts(samples, tokenizer)

@@ -259,7 +259,7 @@ def write_pairs(
       max_new_tokens=max_new_tokens,
       temperature=temperature,
       top_p=top_p,
-      eos_id=tokenizer.eos_id,
+      eos_id=tokenizer.eos_ids,
       batch_size=batch_size,
       on_batch=lambda done: progress.update(done - progress.n),
     )

@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 
 from dpo_jax import evaluators
@@ -86,6 +85,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
 
   # --------------------------------------------------------------- model ----
   model_config, params, tokenizer = open_model(config.model, mesh=mesh)
+  tokenizer = templated(tokenizer, config.data.chat_template)
   if config.init:
     _, items = workdirs.restore_newest(config.init, {'params': params})
     params = items['params']
@@ -248,6 +248,20 @@ def bind_losses(section):
   return table.bind({name: dict(section[name]) for name in section})
 
 
+def templated(tokenizer, path):
+  """Gives a tokenizer the chat template in a file; '' leaves its own."""
+  if not path:
+    return tokenizer
+  try:
+    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f'data.chat_template {path!r} cannot be read ({error}); give the path of'
+      " a template, or '' for the model's own"
+    ) from error
+  return tokenizer.with_template(text)
+
+
 def load_groups(data, tokenizer, model_config, terms):
   """Reads, splits and tokenizes: ({'train': groups, 'test': groups}, report).
 
@@ -342,7 +356,7 @@ def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
           raise ValueError(
             f'{source}:{line_number}: not a JSON object with a "prompt"'
           ) from error
-    prompts = encode_prompts(texts, tokenizer, max_prompt_tokens)
+    prompts = examples.encode_prompts(texts, tokenizer, max_prompt_tokens)
   else:
     prompts = {tuple(g.prompt.tolist()): g.prompt for g in groups}.values()
   if not prompts:
@@ -355,10 +369,7 @@ def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
 
 def encode_prompts(texts, tokenizer, max_prompt_tokens):
   """Tokenizes prompts to sample from exactly as `examples` does to train."""
-  return [
-    np.array(examples.fit_prompt(tokens, tokenizer, max_prompt_tokens)[0])
-    for tokens in tokenizer.encode_batch(texts)
-  ]
+  return examples.encode_prompts(texts, tokenizer, max_prompt_tokens)
 
 
 def check_data(groups, terms, form):

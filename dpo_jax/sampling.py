@@ -74,7 +74,7 @@ def generate(
     max_new_tokens: M, where an unfinished response is cut.
     temperature: divides the logits; 0 takes the most probable token.
     top_p: mass of the nucleus (arXiv:1904.09751); 1 truncates nothing.
-    eos_id: ends a response and is its last token.
+    eos_id: ends a response and is its last token; or an array of several.
     batch_size: rows computed at once; a short batch is filled up.
     on_batch: called with the number of finished prompts after every batch.
 
@@ -110,7 +110,7 @@ def generate(
       starts,
       rows,
       key,
-      eos_id,
+      np.asarray(eos_id),
       max_new_tokens=max_new_tokens,
       temperature=float(temperature),
       top_p=float(top_p),
@@ -201,7 +201,7 @@ def _generate(
         state['token_logps'], jnp.where(ended, 0.0, logps)[:, None]
       ),
       'lengths': state['lengths'] + ~ended,
-      'ended': ended | (chosen == eos_id),
+      'ended': ended | jnp.isin(chosen, eos_id),
     }
 
   def decode(carry):

@@ -25,6 +25,7 @@ _EXAMPLE = {
   'rejected_ended': True,
   'chosen_reward': 2.5,
   'rejected_reward': -1.0,
+  'chat': False,
 }
 
 
@@ -98,6 +99,7 @@ def test_rankings_come_back_as_they_went_in(tmp_path):
     'rewards': [1.5, 0.0, -2.0],
     'weight': 0.5,
     'ended': [True, False, True],
+    'chat': False,
   }
   plain = {**row, 'id': 'plain', 'rewards': []}
   given = {n: v for n, v in plain.items() if n != 'rewards'}
@@ -117,7 +119,7 @@ def test_unpaired_examples_come_back_as_they_went_in(tmp_path):
   dataset = _load(
     tmp_path / 'in', tmp_path / 'cache', form='unpaired', held_out=0.0
   )
-  both = {'prompt': 'q\n☃ 0', 'weight': 0.5}
+  both = {'prompt': 'q\n☃ 0', 'weight': 0.5, 'chat': False}
   assert list(dataset.splits['train']) == [
     {**both, 'id': 'é/chosen', 'response': ' a', 'label': 0.75, 'ended': False},
     {**both, 'id': 'é/rejected', 'response': 'b', 'label': 0.25, 'ended': True},

@@ -26,6 +26,7 @@ def _pair(prompt='pq', chosen='abc', rejected='xy', **fields):
     'rejected_ended': True,
     'chosen_reward': None,
     'rejected_reward': None,
+    'chat': False,
     **fields,
   }
 
@@ -38,6 +39,7 @@ def _ranking(*responses, **fields):
     'rewards': [],
     'weight': 1.0,
     'ended': [True] * len(responses),
+    'chat': False,
     **fields,
   }
 

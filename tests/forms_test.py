@@ -26,13 +26,14 @@ def test_a_labelled_response_is_an_unpaired_example(label, value):
     'label': value,
     'weight': 3.0,
     'ended': False,
+    'chat': False,
   }
   assert type(example['label']) is float
 
 
 def test_a_pair_is_two_unpaired_examples():
   row = {**_PAIR, 'p': 0.75, 'weight': 2, 'rejected_ended': False}
-  both = {'prompt': 'q', 'weight': 2.0}
+  both = {'prompt': 'q', 'weight': 2.0, 'chat': False}
   assert _make(row, 'unpaired') == [
     {**both, 'id': 'i/chosen', 'response': 'a', 'label': 0.75, 'ended': True},
     {
@@ -72,6 +73,7 @@ def test_a_ranking_without_rewards_stays_in_order():
       'rewards': [],
       'weight': 1.0,
       'ended': [False, False, False],
+      'chat': False,
     }
   ]
 
@@ -92,6 +94,7 @@ def test_rewards_sort_a_ranking_and_equals_keep_their_order():
       'rewards': [3.0, 1.0, 1.0, -2.5],
       'weight': 0.5,
       'ended': [True, True, False, False],
+      'chat': False,
     }
   ]
 

@@ -75,6 +75,7 @@ def test_hh_dialogues_and_split_rows_give_the_same_example():
     'rejected_ended': True,
     'chosen_reward': None,
     'rejected_reward': None,
+    'chat': False,
   }
   yes = {
     'id': 'helpful-base/test/2',
@@ -82,6 +83,7 @@ def test_hh_dialogues_and_split_rows_give_the_same_example():
     'response': ' Yes',
     'weight': 1.0,
     'ended': True,
+    'chat': False,
   }
   assert _examples('hh', full, 'sft') == [yes]
   assert _examples('hh', full, 'unpaired') == [
@@ -161,14 +163,22 @@ def test_jsonl_row_keeps_all_it_says():
     'rejected_ended': True,
     'chosen_reward': -1,
     'rejected_reward': 2.5,
+    'chat': False,
   }
   assert _parse('jsonl', row).example == {**row, 'id': '7', 'weight': 2.0}
   assert _examples('jsonl', row, 'sft') == [
-    {'id': '7', 'prompt': 'q', 'response': 'a', 'weight': 2.0, 'ended': False}
+    {
+      'id': '7',
+      'prompt': 'q',
+      'response': 'a',
+      'weight': 2.0,
+      'ended': False,
+      'chat': False,
+    }
   ]
   direct = {'prompt': 'q', 'response': 'a', 'weight': 0.5, 'ended': False}
   assert _examples('jsonl', direct, 'sft') == [
-    {'id': 'helpful-base/test/2', **direct}
+    {'id': 'helpful-base/test/2', **direct, 'chat': False}
   ]
 
 

@@ -35,6 +35,7 @@ def test_prompts_to_sample_from_are_those_of_training():
       'response': 'x',
       'ended': True,
       'weight': 1.0,
+      'chat': False,
     }
     for text in texts
   ]

@@ -104,6 +104,19 @@ def test_greedy_is_the_argmax_of_full_forwards(family):
     assert expected[len(prompt) :] == response.tolist()
 
 
+def test_any_of_several_ends_a_response():
+  free = sample('llama')
+  first, other = int(free.tokens[0, 1]), int(free.tokens[4, 2])
+  samples = sample('llama', eos_id=(other, first))
+  for tokens, number, ended in zip(
+    free.tokens.tolist(), samples.lengths, samples.ended
+  ):
+    places = [n for n, token in enumerate(tokens) if token in (first, other)]
+    assert ended == bool(places)
+    assert number == (places[0] + 1 if places else len(tokens))
+  assert samples.lengths[0] <= 2 and samples.lengths[4] <= 3
+
+
 def test_eos_ends_a_response_and_counts():
   free = sample('llama')
   eos = int(free.tokens[4, 2])  # an EOS that some rows meet and some do not

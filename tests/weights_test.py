@@ -292,7 +292,7 @@ def test_gguf_without_the_permutation_is_another_model(tmp_path):
   'keywords, error',
   [
     (dict(architecture='gemma'), "architecture 'gemma' is not supported"),
-    (dict(pre='llama-bpe'), "pre 'llama-bpe' is not supported"),
+    (dict(pre='tekken'), "pre 'tekken' is not supported"),
     (dict(vocab_size=280), 'has 300 tokens but the embedding only 280 rows'),
     (dict(quantization=gguf.GGMLQuantizationType.I8), 'quantized as I8'),
   ],

@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
 
+from dpo_jax.data import conversations
 from dpo_jax.data import forms
 from dpo_jax.data import locations
 from dpo_jax.data import records
@@ -216,7 +217,15 @@ def _digest(task: str, request: _Request) -> str:
   own = inspect.getmodule(_Builder)
   code = [
     inspect.getsource(module)
-    for module in (locations, forms, records, reports, sources, own)
+    for module in (
+      conversations,
+      forms,
+      locations,
+      records,
+      reports,
+      sources,
+      own,
+    )
   ]
   parts = (
     task,

@@ -3,7 +3,9 @@
 BOS, where the model wants one, starts the prompt and appears nowhere else. EOS
 ends a response exactly once, and only if its text really ended and was not
 truncated. Nothing stands between prompt and response. A prompt too long keeps
-its tail, a response its head. Both limits count BOS and EOS.
+its tail, a response its head. Both limits count BOS and EOS. A prompt of
+messages is written by the tokenizer's chat template, see `chat`; there BOS and
+EOS are where the template puts them, and what ends a turn ends a response.
 
     prompt 'Hi', chosen ' Yes', byte tokens (EOS 256), limits 2 and 4
     prompt [72, 105], chosen [32, 89, 101, 115]     truncated, so no EOS
@@ -19,6 +21,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from dpo_jax import rewards
+from dpo_jax.data import chat
+from dpo_jax.data import conversations
 from dpo_jax.data import reports
 
 # The forms that have tokens, and the field that becomes a group's `p`.
@@ -115,34 +119,29 @@ def tokenize(
   parts = ('prompt', *_names(first, form))
   examples = itertools.chain([] if first is None else [first], examples)
   groups, read = [], 0
+  encode = _Encoder(tokenizer)
   dropped, truncated = collections.Counter(), collections.Counter()
   while chunk := list(itertools.islice(examples, _CHUNK)):
     read += len(chunk)
     answers = [_answers(example, form, len(parts) - 1) for example in chunk]
     prompts = [example['prompt'] for example in chunk]
-    encoded = [tokenizer.encode_batch(prompts)]
-    encoded += [
-      tokenizer.encode_batch([text for text, _ in column])
-      for column in zip(*answers)
-    ]
     costs = _costs(cost, prompts, answers)
-    for example, answer, scores, prompt, *responses in zip(
-      chunk, answers, costs, *encoded, strict=True
+    for example, scores, (bos, prompt, responses) in zip(
+      chunk, costs, encode(chunk, answers), strict=True
     ):
-      reason = _unusable(prompt, responses, tokenizer)
-      prompt, cut = fit_prompt(prompt, tokenizer, max_prompt_tokens)
-      fitted = [
-        _fit_response(tokens, ended, tokenizer, max_response_tokens)
-        for tokens, (_, ended) in zip(responses, answer)
-      ]
-      responses = [tokens for tokens, _ in fitted]
+      reason = None if bos or prompt else 'prompt without tokens'
+      if not all(responses):
+        reason = 'response without tokens'
+      prompt, cut = _fit(bos, prompt, max_prompt_tokens)
+      cuts = [cut, *(len(r) > max_response_tokens for r in responses)]
+      responses = [tokens[:max_response_tokens] for tokens in responses]
       if not reason and len({*map(tuple, responses)}) < len(responses):
         reason = 'responses identical in tokens'
       if reason:
         dropped[reason] += 1
         continue
       truncated.update(
-        part for part, was in zip(parts, [cut, *(c for _, c in fitted)]) if was
+        part for part, was in zip(parts, cuts, strict=True) if was
       )
       groups.append(
         Group(
@@ -208,12 +207,75 @@ def _costs(cost, prompts, answers) -> list[tuple[float, ...] | None]:
   return [tuple(map(float, values)) for values in zip(*columns)]
 
 
-def _unusable(prompt, responses, tokenizer) -> str | None:
-  if not prompt and tokenizer.bos_id is None:
-    return 'prompt without tokens'
-  if not all(responses):
-    return 'response without tokens'
-  return None
+class _Encoder:
+  """Encodes examples: (BOS or nothing, prompt, responses) of each.
+
+  Responses have their EOS, but one without tokens stays without.
+  """
+
+  def __init__(self, tokenizer):
+    self._tokenizer = tokenizer
+    self._chat = None
+
+  def __call__(self, chunk, answers):
+    if not any(example['chat'] for example in chunk):
+      return self._texts([example['prompt'] for example in chunk], answers)
+    encoded = []
+    for example, answer in zip(chunk, answers):
+      try:
+        if example['chat']:
+          prompt = conversations.load(example['prompt'])
+          encoded.append(self.messages(prompt, answer))
+        else:
+          encoded += self._texts([example['prompt']], [answer])
+      except ValueError as error:
+        raise ValueError(f'example {example["id"]!r}: {error}') from error
+    return encoded
+
+  def _texts(self, prompts, answers):
+    tokenizer = self._tokenizer
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    columns = [
+      [
+        _with_eos(tokens, ended, tokenizer)
+        for tokens, (_, ended) in zip(
+          tokenizer.encode_batch([text for text, _ in column]), column
+        )
+      ]
+      for column in zip(*answers)
+    ]
+    prompts = tokenizer.encode_batch(prompts, start=True)
+    return [
+      (bos, prompt, responses)
+      for prompt, *responses in zip(prompts, *columns, strict=True)
+    ]
+
+  def messages(self, prompt: list[dict], answer):
+    self._chat = self._chat or chat.Chat(self._tokenizer)
+    tokens, responses = self._chat.encode(prompt, answer)
+    bos = [i for i in tokens[:1] if i == self._tokenizer.bos_id]
+    return bos, tokens[len(bos) :], responses
+
+
+def _with_eos(tokens, ended, tokenizer) -> list[int]:
+  if tokens and ended and tokens[-1] != tokenizer.eos_id:
+    return [*tokens, tokenizer.eos_id]
+  return tokens
+
+
+def encode_prompts(
+  prompts: Iterable[str | list[dict]], tokenizer, limit: int
+) -> list[np.ndarray]:
+  """Encodes prompts, texts or messages, to sample from, as to train on."""
+  encode, encoded = _Encoder(tokenizer), []
+  for prompt in prompts:
+    if isinstance(prompt, str):
+      tokens = tokenizer.encode(prompt, start=True)
+      encoded.append(fit_prompt(tokens, tokenizer, limit)[0])
+    else:
+      bos, tokens, _ = encode.messages(conversations.checked(prompt), [])
+      encoded.append(_fit(bos, tokens, limit)[0])
+  return [np.array(tokens) for tokens in encoded]
 
 
 def fit_prompt(
@@ -221,6 +283,10 @@ def fit_prompt(
 ) -> tuple[list[int], bool]:
   """Puts BOS, if wanted, before the tail that fits: (tokens, was it cut)."""
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  return _fit(bos, tokens, limit)
+
+
+def _fit(bos, tokens, limit) -> tuple[list[int], bool]:
   room = limit - len(bos)
   # Not tokens[-room:], which would keep everything where there is no room.
   return bos + tokens[max(len(tokens) - room, 0) :], len(tokens) > room
@@ -239,12 +305,6 @@ def drop_ties(groups: list[Group]) -> tuple[list[Group], int]:
     or len({*map(np.float32, group.rewards)}) == len(group.rewards)
   ]
   return kept, len(groups) - len(kept)
-
-
-def _fit_response(tokens, ended, tokenizer, limit) -> tuple[list[int], bool]:
-  if ended and tokens[-1:] != [tokenizer.eos_id]:
-    tokens = [*tokens, tokenizer.eos_id]
-  return tokens[:limit], len(tokens) > limit
 
 
 def _lengths(groups, parts) -> dict[str, dict[str, float]]:

@@ -4,8 +4,9 @@
 chosen is really preferred. 'unpaired' has one response, and `label`, the
 probability that it is desirable. 'rankings' have responses, best first. 'sft'
 has one response. All have a weight and say whether each text really ended;
-rewards are optional. 'reviews' are IMDb's own. A row is read as what it is, and
-`of_form` makes examples of the wanted form of it:
+rewards are optional. With `chat` the prompt is messages and a response what the
+assistant answers, see `conversations`. 'reviews' are IMDb's own. A row is read
+as what it is, and `of_form` makes examples of the wanted form of it:
 
     pairs      prompt 'Hi', chosen ' Yes', rejected ' No', p 0.9
     unpaired   prompt 'Hi', response ' Yes', label 0.9
@@ -16,6 +17,8 @@ rewards are optional. 'reviews' are IMDb's own. A row is read as what it is, and
 import math
 import re
 from collections.abc import Callable
+
+from dpo_jax.data import conversations
 
 FIELDS = {
   'pairs': {
@@ -30,6 +33,7 @@ FIELDS = {
     # Both or none.
     'chosen_reward': float | None,
     'rejected_reward': float | None,
+    'chat': bool,
   },
   'unpaired': {
     'id': str,
@@ -38,6 +42,7 @@ FIELDS = {
     'label': float,
     'weight': float,
     'ended': bool,
+    'chat': bool,
   },
   'rankings': {
     'id': str,
@@ -47,6 +52,7 @@ FIELDS = {
     'rewards': list[float],
     'weight': float,
     'ended': list[bool],
+    'chat': bool,
   },
   'sft': {
     'id': str,
@@ -54,6 +60,7 @@ FIELDS = {
     'response': str,
     'weight': float,
     'ended': bool,
+    'chat': bool,
   },
   'reviews': {'id': str, 'text': str, 'label': int},
 }
@@ -74,8 +81,7 @@ _FORMS_OF = {
 _LARGEST = 3e38
 
 
-class BadRow(ValueError):
-  """Why a row cannot be used; the reader adds file and line."""
+BadRow = conversations.BadRow
 
 
 # --- Fields ---
@@ -229,9 +235,10 @@ _READERS = {'chosen': _pair, 'response': _single, 'responses': _ranking}
 
 def read(row: dict, form: str) -> dict:
   """Checks a row that is to become the form; leaves it what it is."""
+  row, chat = conversations.to_text(row)
   for name in _READ_BY[form]:
     if name in row:
-      return _READERS[name](row, form)
+      return {**_READERS[name](row, form), 'chat': chat}
   for name, others in _FORMS_OF.items():
     if name in row:
       raise BadRow(
@@ -245,6 +252,8 @@ def fields_read(form: str) -> set[str]:
   fields = {field for name in _READ_BY[form] for field in FIELDS[_KIND[name]]}
   if form in ('sft', 'unpaired'):
     fields -= {'chosen_reward', 'rejected_reward', 'rewards'} - {*FIELDS[form]}
+  if 'response' in _READ_BY[form]:
+    fields |= {'messages'}
   return fields
 
 
@@ -270,6 +279,7 @@ def of_form(
         'label': label,
         'weight': example['weight'],
         'ended': example[f'{side}_ended'],
+        'chat': example['chat'],
       }
       for side, label in (
         ('chosen', example['p']),
@@ -296,6 +306,7 @@ def of_form(
       'response': response,
       'weight': example['weight'],
       'ended': ended,
+      'chat': example['chat'],
     }
   ]
 
@@ -311,4 +322,5 @@ def review_to_sft(review: dict, *, prompt_words: int) -> dict:
     'response': review['text'][cut:],
     'weight': 1.0,
     'ended': True,
+    'chat': False,
   }
