@@ -44,7 +44,9 @@ def prepare(config, workdir):
   model_config, _, tokenizer = runs.open_model(config.model, mesh=mesh)
   terms = runs.bind_losses(config.loss)
   groups, report = runs.load_groups(config.data, tokenizer, model_config, terms)
-  plan = train.training_plan(config, groups['train'], mesh)
+  plan = train.training_plan(
+    config, groups['train'], mesh, window=model_config.window
+  )
   print(f'{report}\n\ntrain: {plan.summary()}')
 
 

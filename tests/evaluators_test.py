@@ -24,7 +24,7 @@ def test_heldout_means_do_not_depend_on_the_batch_size():
   found = []
   for batch_size in (11, 4):  # 4 leaves a tail of three
     plan = batches.evaluation_plan(
-      groups, batch_size=batch_size, row_length=48, multiple=8
+      groups, batch_size=batch_size, row_length=48, multiple=8, window=None
     )
     evaluate = evaluators.make_heldout(sums, plan, mesh, ref_values=None)
     found.append(evaluate(params, ref, {}))

@@ -170,6 +170,7 @@ def run(section, form, transform=lambda function: function, devices=1):
     batch_size=len(groups),
     row_length=64,
     multiple=8,
+    window=None,
   )
   memory = objectives.first_memory(table.bind(section))
   policy, ref = models()
@@ -256,7 +257,7 @@ def test_the_running_mean_of_bco_counts_all_rewards_so_far():
   (term,) = table.bind(section)
   memory = objectives.first_memory((term,))
   plan = batches.evaluation_plan(
-    data('pairs'), batch_size=5, row_length=64, multiple=1
+    data('pairs'), batch_size=5, row_length=64, multiple=1, window=None
   )
   step = jax.jit(sums)
   seen = []
@@ -276,7 +277,7 @@ def test_a_loss_without_its_rewards_says_so():
   section = {'nca': table.options('nca', reward_temperature=1.0)}
   sums = worlds.make_sums(CONFIG, section)
   plan = batches.evaluation_plan(
-    data('pairs'), batch_size=13, row_length=64, multiple=1
+    data('pairs'), batch_size=13, row_length=64, multiple=1, window=None
   )
   with pytest.raises(ValueError, match='the data has no rewards'):
     sums(*models(), plan.batch(0), {})

@@ -78,6 +78,8 @@ def test_the_cache_key_covers_what_changes_the_numbers_and_no_more():
     key(nudged, worlds.LLAMA, groups),
     key(params, replace(dtype='bfloat16'), groups),
     key(params, replace(norm_eps=1e-6), groups),
+    key(params, replace(logit_cap=30.0), groups),
+    key(params, replace(window=4, windowed=(True,) * 3), groups),
     key(params, worlds.LLAMA, groups[:2]),
     key(params, worlds.LLAMA, groups[::-1]),
     key(params, worlds.LLAMA, worlds.make_groups(3, seed=1)),
