@@ -183,8 +183,11 @@ def test_uniform_plan_has_one_shape_whatever_the_lengths():
   assert shapes == {((4, 32), (4, 14))}
 
 
-@pytest.mark.parametrize('responses', [1, 2, 3, 4])
-def test_flat_values_lie_where_their_tokens_do_and_come_back(responses):
+@pytest.mark.parametrize(
+  'responses, window',
+  [(1, None), (2, None), (3, None), (4, None), (2, 10), (3, 10)],
+)
+def test_flat_values_lie_where_their_tokens_do_and_come_back(responses, window):
   groups = worlds.make_groups(9, responses=responses)
   plan = batches.training_plan(
     groups,
@@ -193,7 +196,7 @@ def test_flat_values_lie_where_their_tokens_do_and_come_back(responses):
     batch_size=6,
     row_length=60,
     multiple=1,
-    window=None,
+    window=window,
   )
   assert plan.responses == responses
   starts = plan.starts

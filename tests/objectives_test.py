@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import attention
 from dpo_jax import evaluators
 from dpo_jax import objectives
 from dpo_jax import sharding
@@ -22,7 +23,8 @@ from dpo_jax.losses import table
 from dpo_jax.models import transformer
 from tests import worlds
 
-CONFIG = worlds.LLAMA
+# A soft cap of the logits that is felt: wherever it is forgotten, it shows.
+CONFIG = dataclasses.replace(worlds.LLAMA, logit_cap=0.5)
 LONGEST = 24
 
 
@@ -58,7 +60,8 @@ def plain_log_probs(params, tokens_T):
   hidden = transformer.Transformer(CONFIG).apply(
     {'params': params}, tokens_T[None], positions, 0 * positions, positions + 1
   )
-  return jax.nn.log_softmax(hidden @ transformer.unembedding(params).T)[0]
+  logits = hidden @ transformer.unembedding(params).T
+  return jax.nn.log_softmax(attention.soft_cap(logits, CONFIG.logit_cap))[0]
 
 
 @functools.cache
