@@ -30,33 +30,39 @@ class Windows:
   def read(self, attributes: Mapping) -> dict:
     """Returns the fields `window` and `windowed`, or raises ValueError."""
     attributes = {'sliding_window': self.default, **attributes}
-    window = attributes['sliding_window']
-    layers = attributes.get('num_hidden_layers')
-    if window is not None and _wrong_type(window, (int,)):
-      raise ValueError(f'sliding_window = {window!r} (not a positive integer)')
-    if not isinstance(layers, int):
-      return {}  # An error is raised elsewhere.
-    kinds = (
-      attributes.get('layer_types') if 'layer_types' in self.names else None
+    for name, least in [
+      ('sliding_window', 1),
+      ('sliding_window_pattern', 1),
+      ('max_window_layers', 0),
+    ]:
+      value = attributes.get(name)
+      if value is None and name != 'sliding_window':
+        attributes.pop(name, None)
+      elif value is not None and (type(value) is not int or value < least):
+        raise ValueError(f'{name} = {value!r} (not an integer >= {least})')
+    window, layers = (
+      attributes.get(name) for name in ('sliding_window', 'num_hidden_layers')
     )
+    if type(layers) is not int:
+      return {}  # Refused elsewhere.
+    kinds = attributes.get('layer_types')
     if kinds is None:
       windowed = [bool(self.has(i, attributes)) for i in range(layers)]
     else:
       known = ('full_attention', 'sliding_attention')
-      unknown = [kind for kind in kinds if kind not in known]
-      if unknown or len(kinds) != layers:
+      if len(kinds) != layers or any(kind not in known for kind in kinds):
         raise ValueError(
-          f'layer_types = {kinds!r} (one of {known} for each of the'
-          f' {layers} layers is implemented)'
+          f'layer_types = {kinds!r} (only {" or ".join(map(repr, known))} for'
+          f' each of the {layers} layers is implemented)'
         )
       windowed = [kind == 'sliding_attention' for kind in kinds]
     if not any(windowed):
       return {}
-    if window is None or not attributes.get('use_sliding_window', True):
+    switch = 'use_sliding_window'
+    if window is None or not attributes.get(switch, switch not in self.names):
       raise ValueError(
-        'layer_types has sliding_attention, but sliding_window ='
-        f' {window!r}, use_sliding_window ='
-        f' {attributes.get("use_sliding_window")!r}'
+        f'layers have windows, but sliding_window = {window!r} and {switch} ='
+        f' {attributes.get(switch)!r}'
       )
     return {'window': window, 'windowed': tuple(windowed)}
 
@@ -197,7 +203,12 @@ def translate(
       problems.append(f'{name} = {value!r} (unknown attribute)')
   if schema.windows:
     try:
-      values |= schema.windows.read(attributes)
+      known = {
+        name: value
+        for name, value in attributes.items()
+        if name in schema.windows.names or name == 'num_hidden_layers'
+      }
+      values |= schema.windows.read(known)
     except ValueError as error:
       problems.append(str(error))
   values = {**schema.absent, **fixed, **values}
