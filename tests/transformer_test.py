@@ -132,6 +132,8 @@ def test_a_window_sees_the_last_keys_only():
     (dict(windowed=(True,) * 3), 'window is None'),
     (dict(rope_factor=2.0), "'none' needs no numbers, got rope_factor"),
     (dict(rope_scaling='llama3', rope_factor=2.0), 'needs .*rope_low_freq'),
+    (dict(local_rope_theta=100.0), 'set window'),
+    (dict(rotary_fraction=0.25), '1 of head_dim 4 would be rotated'),
     (dict(rope_scaling='yarn'), "model.rope_scaling is 'yarn'"),
   ],
 )

@@ -70,8 +70,10 @@ class TransformerConfig:
   positions: str  # 'rotary' (Llama) or 'learned' (GPT-2)
   max_positions: int  # rows of the learned table; rotary: trained length
   rope_theta: float  # rotary only
-  mlp: str  # 'swiglu' (Llama), 'geglu' (Gemma), or without a gate 'gelu' (tanh
-  # form, GPT-2) and 'gelu_exact' (Pythia)
+  mlp: (
+    str  # 'swiglu' (Llama), 'geglu' (Gemma); 'gelu' is the tanh form, without
+  )
+  # a gate (GPT-2), 'gelu_exact' the other (Pythia)
   attention_bias: bool  # of q, k, v and, with out_bias, out
   mlp_bias: bool
   tied: bool  # the unembedding is the token embedding
@@ -122,6 +124,15 @@ class TransformerConfig:
         f'window is {self.window} and windowed {self.windowed}; a window needs'
         f' a bool for each of the {self.num_layers} layers and one that is True'
       )
+    if self.local_rope_theta is not None and self.window is None:
+      raise ValueError(
+        'local_rope_theta is that of windowed layers; set window'
+      )
+    if self.positions == 'rotary' and self.rotated % 2:
+      raise ValueError(
+        f'{self.rotated} of head_dim {self.head_dim} would be rotated; rotary'
+        ' needs an even number'
+      )
     scaled = [
       f for f in ROPE_SCALINGS['llama3'] if getattr(self, f) is not None
     ]
@@ -136,6 +147,11 @@ class TransformerConfig:
         f'num_heads {self.num_heads} is not a multiple of num_kv_heads'
         f' {self.num_kv_heads}'
       )
+
+  @property
+  def rotated(self):
+    """Dimensions of a head that rotary positions turn."""
+    return int(self.head_dim * self.rotary_fraction)
 
 
 def _declare(init, module, name, shape, axes):
@@ -154,7 +170,7 @@ def rotary_frequencies(config, *, local):
   `local` are those of windowed layers, which Gemma 3 does not scale.
   """
   cfg = config
-  size = int(cfg.head_dim * cfg.rotary_fraction)
+  size = cfg.rotated
   own = local and cfg.local_rope_theta is not None
   theta = cfg.local_rope_theta if own else cfg.rope_theta
   frequencies = theta ** (-jnp.arange(0, size, 2) / size)
