@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 
-def interval_attention(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT):
+def soft_cap(x, cap):
+  """Squashes to (-cap, cap), smoothly (Gemma 2, arXiv:2408.00118); None: x."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def interval_attention(
+  query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT, *, scale, cap
+):
   """Attends from every query to the keys `lo <= s < hi`.
 
   The softmax is float32 whatever the input dtype. An interval must not be
@@ -24,6 +31,8 @@ def interval_attention(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT):
     value_BSKH: values.
     lo_BT: int32, first key a query may see.
     hi_BT: int32, one past the last key a query may see; lo < hi.
+    scale: of the scores, mostly H ** -0.5.
+    cap: soft cap of the scaled scores, or None.
 
   Returns:
     [B, T, N, H] in the dtype of `value_BSKH`.
@@ -38,8 +47,9 @@ def interval_attention(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT):
       key_BSKH,
       preferred_element_type=jnp.float32,
     )
-    * H**-0.5
+    * scale
   )
+  scores_BKGTS = soft_cap(scores_BKGTS, cap)
   slot_S = jnp.arange(S)
   visible_BTS = (slot_S >= lo_BT[..., None]) & (slot_S < hi_BT[..., None])
   scores_BKGTS = jnp.where(

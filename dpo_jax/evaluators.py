@@ -88,7 +88,10 @@ def make_sequence_kl(model_config, mesh, *, chunk):
 
   def kl_of_groups(params, ref_params, batch):
     kls_RS = logps.token_kls(
-      *scored(params, batch), *scored(ref_params, batch), chunk=chunk
+      *scored(params, batch),
+      *scored(ref_params, batch),
+      chunk=chunk,
+      cap=model_config.logit_cap,
     )
     G = batch['mask'].shape[1]
     return logps.sum_by_slot(kls_RS, batch['slot'], num_slots=G)

@@ -13,6 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import attention
+
 
 def gather_scored(hidden_RTD, source_RS):
   """Picks the hidden states that predict the scored tokens: [R, S, D]."""
@@ -37,21 +39,22 @@ def _join(x, S):
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S]
 
 
-def _logits(hidden_RCD, unembed_VD):
-  return jnp.einsum(
+def _logits(hidden_RCD, unembed_VD, cap):
+  logits_RCV = jnp.einsum(
     'RCD,VD->RCV',
     hidden_RCD,
     unembed_VD.astype(hidden_RCD.dtype),
     preferred_element_type=jnp.float32,
   )
+  return attention.soft_cap(logits_RCV, cap)
 
 
-def _in_chunks(hidden_RSD, unembed_VD, target_RS, chunk, collisions):
+def _in_chunks(hidden_RSD, unembed_VD, target_RS, chunk, cap, collisions):
   """One pass: (logps, normalizers, log sum_v p(v)^2 or None), each [R, S]."""
 
   def one_chunk(_, inputs):
     hidden_RCD, target_RC = inputs
-    logits_RCV = _logits(hidden_RCD, unembed_VD)
+    logits_RCV = _logits(hidden_RCD, unembed_VD, cap)
     normalizer_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
     picked_RC = jnp.take_along_axis(logits_RCV, target_RC[..., None], -1)
     collision_RC = None
@@ -69,7 +72,7 @@ def _in_chunks(hidden_RSD, unembed_VD, target_RS, chunk, collisions):
   return jax.tree.map(lambda x: _join(x, target_RS.shape[1]), out)
 
 
-def token_logps(hidden_RSD, unembed_VD, target_RS, chunk):
+def token_logps(hidden_RSD, unembed_VD, target_RS, chunk, *, cap):
   """Returns float32 log p(target | hidden), [R, S].
 
   Args:
@@ -78,39 +81,44 @@ def token_logps(hidden_RSD, unembed_VD, target_RS, chunk):
       float32.
     target_RS: int32 token ids.
     chunk: tokens, over all rows, whose logits exist at one time.
+    cap: the model's `logit_cap`, soft cap of the logits or None.
 
   Without differentiation (the reference model) nothing is kept for a
   backward pass.
   """
-  return _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, False)[0]
+  return _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, cap, False)[0]
 
 
-def token_logps_and_collisions(hidden_RSD, unembed_VD, target_RS, chunk):
+def token_logps_and_collisions(
+  hidden_RSD, unembed_VD, target_RS, chunk, *, cap
+):
   """Returns `token_logps` and, from the same pass, log sum_v p(v)^2, [R, S].
 
   The second, the log-probability that two draws of a token agree, is what WPO
   (arXiv:2406.11827) compares the first with; it has no gradient.
   """
-  return _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, True)
+  return _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, cap, True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, collisions):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_logps(hidden_RSD, unembed_VD, target_RS, chunk, cap, collisions):
   logps_RS, _, collisions_RS = _in_chunks(
-    hidden_RSD, unembed_VD, target_RS, chunk, collisions
+    hidden_RSD, unembed_VD, target_RS, chunk, cap, collisions
   )
   return logps_RS, collisions_RS
 
 
-def _token_logps_forward(hidden_RSD, unembed_VD, target_RS, chunk, collisions):
+def _token_logps_forward(
+  hidden_RSD, unembed_VD, target_RS, chunk, cap, collisions
+):
   logps_RS, normalizer_RS, collisions_RS = _in_chunks(
-    hidden_RSD, unembed_VD, target_RS, chunk, collisions
+    hidden_RSD, unembed_VD, target_RS, chunk, cap, collisions
   )
   residuals = (hidden_RSD, unembed_VD, target_RS, normalizer_RS)
   return (logps_RS, collisions_RS), residuals
 
 
-def _token_logps_backward(chunk, collisions, residuals, grads):
+def _token_logps_backward(chunk, cap, collisions, residuals, grads):
   del collisions  # a weight; nothing is learned through it
   hidden_RSD, unembed_VD, target_RS, normalizer_RS = residuals
   grad_RS, _ = grads
@@ -119,10 +127,13 @@ def _token_logps_backward(chunk, collisions, residuals, grads):
 
   def one_chunk(unembed_grad_VD, inputs):
     hidden_RCD, target_RC, normalizer_RC, grad_RC = inputs
-    logits_RCV = _logits(hidden_RCD, unembed_VD)
+    logits_RCV = _logits(hidden_RCD, unembed_VD, cap)
     probs_RCV = jnp.exp(logits_RCV - normalizer_RC[..., None])
     hit_RCV = jnp.arange(V) == target_RC[..., None]
-    logits_grad_RCV = ((hit_RCV - probs_RCV) * grad_RC[..., None]).astype(dtype)
+    logits_grad_RCV = (hit_RCV - probs_RCV) * grad_RC[..., None]
+    if cap is not None:  # the derivative of the soft cap, from its value
+      logits_grad_RCV *= 1 - (logits_RCV / cap) ** 2
+    logits_grad_RCV = logits_grad_RCV.astype(dtype)
     hidden_grad_RCD = jnp.einsum(
       'RCV,VD->RCD', logits_grad_RCV, unembed_VD.astype(dtype)
     )
@@ -147,7 +158,9 @@ def _token_logps_backward(chunk, collisions, residuals, grads):
 _token_logps.defvjp(_token_logps_forward, _token_logps_backward)
 
 
-def token_kls(p_hidden_RSD, p_unembed_VD, q_hidden_RSD, q_unembed_VD, *, chunk):
+def token_kls(
+  p_hidden_RSD, p_unembed_VD, q_hidden_RSD, q_unembed_VD, *, chunk, cap
+):
   """Returns float32 KL(p || q) of each next-token distribution, [R, S].
 
   The full-vocabulary sum: over prefixes that p sampled it is the
@@ -159,8 +172,8 @@ def token_kls(p_hidden_RSD, p_unembed_VD, q_hidden_RSD, q_unembed_VD, *, chunk):
   @jax.checkpoint
   def one_chunk(_, inputs):
     p_hidden_RCD, q_hidden_RCD = inputs
-    p_logp = jax.nn.log_softmax(_logits(p_hidden_RCD, p_unembed_VD))
-    q_logp = jax.nn.log_softmax(_logits(q_hidden_RCD, q_unembed_VD))
+    p_logp = jax.nn.log_softmax(_logits(p_hidden_RCD, p_unembed_VD, cap))
+    q_logp = jax.nn.log_softmax(_logits(q_hidden_RCD, q_unembed_VD, cap))
     return None, jnp.sum(jnp.exp(p_logp) * (p_logp - q_logp), -1)
 
   inputs = (_split(p_hidden_RSD, chunk), _split(q_hidden_RSD, chunk))

@@ -49,7 +49,9 @@ def prepare(config, workdir):
   groups, report = runs.load_groups(config.data, tokenizer, model_config, terms)
   everything = [*groups['train'], *groups['test']]
   runs.check_data(everything, terms, config.data.form)
-  plan = train.training_plan(config, groups['train'], mesh)
+  plan = train.training_plan(
+    config, groups['train'], mesh, window=model_config.window
+  )
   print(f'{report}\n\ntrain: {plan.summary()}')
 
 

@@ -55,7 +55,9 @@ def make_token_logps(model_config, *, chunk):
 
   def token_logps(params, batch):
     hidden_RSD, unembed_VD = scored(params, batch)
-    return logps.token_logps(hidden_RSD, unembed_VD, batch['target'], chunk)
+    return logps.token_logps(
+      hidden_RSD, unembed_VD, batch['target'], chunk, cap=model_config.logit_cap
+    )
 
   return token_logps
 
@@ -125,7 +127,7 @@ def make_sums(
     form: of the data, which decides what is logged.
     rewards: whether the data has rewards.
   """
-  K = responses
+  K, cap = responses, model_config.logit_cap
   scored = make_scored(model_config)
   needs = {field for term in terms for field in term.needs}
   partnered = any(term.loss.mismatched for term in terms)
@@ -148,14 +150,14 @@ def make_sums(
     hidden, target_RS = scored(params, batch), batch['target']
     if weighted:
       policy_RS, collisions_RS = logps.token_logps_and_collisions(
-        *hidden, target_RS, chunk
+        *hidden, target_RS, chunk, cap=cap
       )
     else:
-      policy_RS = logps.token_logps(*hidden, target_RS, chunk)
+      policy_RS = logps.token_logps(*hidden, target_RS, chunk, cap=cap)
     ref_RS = jnp.zeros_like(policy_RS)
     if reference in ('frozen', 'ema'):
       ref_hidden = jax.lax.stop_gradient(scored(ref_params, batch))
-      ref_RS = logps.token_logps(*ref_hidden, target_RS, chunk)
+      ref_RS = logps.token_logps(*ref_hidden, target_RS, chunk, cap=cap)
     elif reference == 'cached':
       ref_RS = batch['ref_token_logps']
 
@@ -181,7 +183,7 @@ def make_sums(
       costs=batch['costs'],
     )
     if 'kls' in needs:
-      kls_RS = logps.token_kls(*ref_hidden, *hidden, chunk=chunk)
+      kls_RS = logps.token_kls(*ref_hidden, *hidden, chunk=chunk, cap=cap)
       scores = scores._replace(kls=per_response(kls_RS))
     if 'complements' in needs:
       complements_RS = scoring.log_complement(policy_RS)

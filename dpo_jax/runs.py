@@ -49,8 +49,8 @@ class Run:
   sums: of `objectives.make_sums`. params: the initial parameters, placed.
   ref_params: a copy of them where something needs one (a frozen reference, the
   KL of samples), else None. first_memory: of `objectives.first_memory`, placed.
-  groups, ref_values: of each split. evaluate: (params, moving reference or
-  None, memory) -> (values, sample records).
+  groups, ref_values: of each split. window: of the model, or None. evaluate:
+  (params, moving reference or None, memory) -> (values, sample records).
   """
 
   sums: Callable
@@ -59,6 +59,7 @@ class Run:
   first_memory: dict
   groups: dict
   ref_values: dict
+  window: int | None
   evaluate: Callable
 
 
@@ -103,6 +104,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       batch_size=config.eval.batch_size,
       row_length=config.data.row_length,
       multiple=sharding.row_shards(mesh),
+      window=model_config.window,
     )
 
   # ----------------------------------------------------------- reference ----
@@ -181,6 +183,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     first_memory=first_memory,
     groups=groups,
     ref_values=ref_values,
+    window=model_config.window,
     evaluate=evaluate,
   )
 

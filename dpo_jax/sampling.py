@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import attention
 from dpo_jax.models import transformer
 
 # Prompt slots are this number times a power of two: few shapes to compile, and
@@ -187,6 +188,7 @@ def _generate(
     logits_BV = jnp.einsum(
       'BD,VD->BV', hidden_BD, unembed_VD, preferred_element_type=jnp.float32
     )
+    logits_BV = attention.soft_cap(logits_BV, config.logit_cap)
     keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
     chosen = choose(logits_BV, keys, temperature=temperature, top_p=top_p)
     logps = jnp.take_along_axis(logits_BV, chosen[:, None], axis=-1)[:, 0]
@@ -250,15 +252,16 @@ def _generate(
 
 
 def _cast(params, dtype):
-  """Casts once, not at every step, what the model casts at every use."""
-  cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
-  layers = dict(params['layers'])
-  for name in ('attention', 'mlp'):
-    layers[name] = cast(layers[name])
-  params = dict(params, embed=cast(params['embed']), layers=layers)
-  if 'unembed' in params:
-    params['unembed'] = cast(params['unembed'])
-  return params
+  """Casts once, not at every step, what the model casts at every use.
+
+  Norms, wherever they are, are computed in float32.
+  """
+
+  def cast(path, x):
+    in_norm = any('norm' in key.key for key in path)
+    return x if in_norm else x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def choose(logits_BV, keys, *, temperature, top_p):

@@ -25,7 +25,6 @@ from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax import workdirs
 from dpo_jax.data import batches
-from dpo_jax.data import rows
 
 
 @flax.struct.dataclass
@@ -147,7 +146,7 @@ def saved(state):
   return items
 
 
-def training_plan(config, groups, mesh):
+def training_plan(config, groups, mesh, *, window):
   """Plans `num_steps` steps, or as many as `epochs` passes need."""
   num_steps, epochs = config.num_steps, config.epochs
   if bool(num_steps) == bool(epochs) or min(num_steps, epochs) < 0:
@@ -164,6 +163,7 @@ def training_plan(config, groups, mesh):
     batch_size=config.batch_size,
     row_length=config.data.row_length,
     multiple=sharding.row_shards(mesh),
+    window=window,
   )
 
 
@@ -215,7 +215,7 @@ def _train(config, workdir, mesh):
     ema = {'alpha': config.reference.alpha, 'every': config.reference.every}
 
   # ------------------------------------------------- what each step sees ----
-  plan = training_plan(config, groups['train'], mesh)
+  plan = training_plan(config, groups['train'], mesh, window=run.window)
   num_steps = plan.num_steps
   if ema and ema['every'] > num_steps:
     raise ValueError(
@@ -344,12 +344,12 @@ def speed(plan, numbers, seconds):
   `row_fill` is the share of slots that hold a token.
   """
   steps = [number - 1 for number in numbers]
-  groups = [plan.groups[g] for step in steps for g in plan.steps[step]]
-  tokens = sum(map(rows.slots_needed, groups))
+  groups = sum(len(plan.steps[step]) for step in steps)
+  tokens = sum(map(plan.tokens, steps))
   slots = sum(map(plan.rows_of, steps)) * plan.row_length
   return {
     'step_seconds': seconds / len(steps),
-    'pairs_per_second': len(groups) / seconds,
+    'pairs_per_second': groups / seconds,
     'tokens_per_second': tokens / seconds,
     'row_fill': tokens / slots,
   }

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,15 +7,19 @@ import pytest
 
 from dpo_jax import attention
 
+SCALE = 0.3
+attend = functools.partial(attention.interval_attention, scale=SCALE, cap=None)
 
-def by_hand(query, key, value, lo, hi, softmax_dtype=np.float64):
+
+def by_hand(query, key, value, lo, hi, softmax_dtype=np.float64, cap=None):
   """Loops over rows, heads and queries in float64, or with a worse softmax."""
-  B, T, N, H = query.shape
+  B, T, N, _ = query.shape
   G = N // key.shape[2]
-  out = np.zeros((B, T, N, H))
+  out = np.zeros(query.shape)
   for b, t, n in np.ndindex(B, T, N):
     keys = key[b, lo[b, t] : hi[b, t], n // G].astype(np.float64)
-    scores = keys @ query[b, t, n].astype(np.float64) / np.sqrt(H)
+    scores = keys @ query[b, t, n].astype(np.float64) * SCALE
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
     scores = scores.astype(softmax_dtype)
     weights = np.exp(scores - scores.max())
     weights /= weights.sum()
@@ -35,15 +41,22 @@ def inputs(*, heads, kv_heads, slots=11, queries=11, seed=0):
 @pytest.mark.parametrize('queries', [11, 1])
 def test_attention_equals_loops(heads, kv_heads, queries):
   args = inputs(heads=heads, kv_heads=kv_heads, queries=queries)
-  out = jax.jit(attention.interval_attention)(*args)
+  out = jax.jit(attend)(*args)
   np.testing.assert_allclose(out, by_hand(*args), atol=2e-6)
+
+
+def test_capped_attention_equals_loops():
+  args = inputs(heads=4, kv_heads=2)
+  out = jax.jit(functools.partial(attend, cap=0.4))(*args)
+  np.testing.assert_allclose(out, by_hand(*args, cap=0.4), atol=2e-6)
+  assert np.abs(out - by_hand(*args)).max() > 0.01
 
 
 def test_keys_outside_the_interval_have_no_gradient():
   query, key, value, lo, hi = inputs(heads=2, kv_heads=1)
 
   def one_query(key, value):
-    out = attention.interval_attention(query, key, value, lo, hi)
+    out = attend(query, key, value, lo, hi)
     return jnp.sum(out[0, 3])
 
   for grad in jax.jit(jax.grad(one_query, argnums=(0, 1)))(key, value):
@@ -56,11 +69,11 @@ def test_keys_outside_the_interval_have_no_gradient():
 
 def test_softmax_is_float32_in_bfloat16():
   query, key, value, lo, hi = inputs(heads=2, kv_heads=2)
-  # Scores near 32, where bfloat16 has steps of 1/4 and what tells keys apart
+  # Scores near 19, where bfloat16 has steps of 1/8 and what tells keys apart
   # is lost.
   query[..., 0] = key[..., 0] = 8
   low = [x.astype(jnp.bfloat16) for x in (query, key, value)]
-  out = jax.jit(attention.interval_attention)(*low, lo, hi)
+  out = jax.jit(attend)(*low, lo, hi)
   assert out.dtype == jnp.bfloat16
   query, key, value = (np.asarray(x, np.float32) for x in low)
   expected = by_hand(query, key, value, lo, hi)

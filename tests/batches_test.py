@@ -61,7 +61,13 @@ def test_every_epoch_sees_every_group_once(batch_size):
 def test_rows_are_full_and_shapes_are_few():
   groups = hh_like(2000)
   plan = batches.training_plan(
-    groups, seed=0, num_steps=31, batch_size=64, row_length=1024, multiple=1
+    groups,
+    seed=0,
+    num_steps=31,
+    batch_size=64,
+    row_length=1024,
+    multiple=1,
+    window=None,
   )
   shapes = collections.Counter()
   for step in range(plan.num_steps):
@@ -94,7 +100,7 @@ def check_harmless_base(folder, tokenizer, cache_dir):
     max_response_tokens=300,
     form='pairs',
   )
-  groups = [g for g in groups if rows.slots_needed(g) <= 1024]
+  groups = [g for g in groups if rows.slots_needed(g, window=None) <= 1024]
   assert len(groups) > 2290
   plan = batches.training_plan(
     groups,
@@ -103,6 +109,7 @@ def check_harmless_base(folder, tokenizer, cache_dir):
     batch_size=64,
     row_length=1024,
     multiple=1,
+    window=None,
   )
   shapes = {plan.batch(s)['tokens'].shape for s in range(plan.num_steps)}
   assert len(shapes) <= 2
@@ -132,6 +139,7 @@ def test_processes_partition_the_rows():
     batch_size=12,
     row_length=48,
     multiple=4,
+    window=None,
   )
   assert all(count % 4 == 0 for count in plan.row_counts)
   for step in range(3):
@@ -145,7 +153,7 @@ def test_processes_partition_the_rows():
 def test_evaluation_drops_no_tail():
   groups = worlds.make_groups(11)
   plan = batches.evaluation_plan(
-    groups, batch_size=4, row_length=48, multiple=2
+    groups, batch_size=4, row_length=48, multiple=2, window=None
   )
   seen = []
   for step in range(plan.num_steps):
@@ -175,11 +183,20 @@ def test_uniform_plan_has_one_shape_whatever_the_lengths():
   assert shapes == {((4, 32), (4, 14))}
 
 
-@pytest.mark.parametrize('responses', [1, 2, 3, 4])
-def test_flat_values_lie_where_their_tokens_do_and_come_back(responses):
+@pytest.mark.parametrize(
+  'responses, window',
+  [(1, None), (2, None), (3, None), (4, None), (2, 10), (3, 10)],
+)
+def test_flat_values_lie_where_their_tokens_do_and_come_back(responses, window):
   groups = worlds.make_groups(9, responses=responses)
   plan = batches.training_plan(
-    groups, seed=0, num_steps=2, batch_size=6, row_length=60, multiple=1
+    groups,
+    seed=0,
+    num_steps=2,
+    batch_size=6,
+    row_length=60,
+    multiple=1,
+    window=window,
   )
   assert plan.responses == responses
   starts = plan.starts
@@ -200,14 +217,18 @@ def test_flat_values_lie_where_their_tokens_do_and_come_back(responses):
 
 def test_a_pair_longer_than_a_row_says_what_to_change():
   groups = worlds.make_groups(3, prompt=90)
-  need = max(map(rows.slots_needed, groups))
+  need = max(rows.slots_needed(g, window=None) for g in groups)
   with pytest.raises(ValueError, match=f'raise it to at least {need}'):
-    batches.evaluation_plan(groups, batch_size=2, row_length=20, multiple=1)
+    batches.evaluation_plan(
+      groups, batch_size=2, row_length=20, multiple=1, window=None
+    )
 
 
 def test_no_groups_is_an_error():
   with pytest.raises(ValueError, match='no examples are left'):
-    batches.evaluation_plan([], batch_size=2, row_length=20, multiple=1)
+    batches.evaluation_plan(
+      [], batch_size=2, row_length=20, multiple=1, window=None
+    )
 
 
 @pytest.mark.parametrize('responses', [1, 3, 4])
@@ -221,7 +242,7 @@ def test_rewards_and_costs_follow_their_groups(responses):
     for n, group in enumerate(worlds.make_groups(11, responses=responses))
   ]
   plan = batches.evaluation_plan(
-    groups, batch_size=4, row_length=90, multiple=2
+    groups, batch_size=4, row_length=90, multiple=2, window=None
   )
   seen = 0
   for step in range(plan.num_steps):
@@ -244,10 +265,14 @@ def test_some_groups_with_rewards_and_some_without_are_refused(name):
   groups = worlds.make_groups(3)
   groups[0] = dataclasses.replace(groups[0], **{name: (1.0, 0.0)})
   with pytest.raises(ValueError, match=f"2 of 3 .* no {name}, such as '1'"):
-    batches.evaluation_plan(groups, batch_size=2, row_length=99, multiple=1)
+    batches.evaluation_plan(
+      groups, batch_size=2, row_length=99, multiple=1, window=None
+    )
 
 
 def test_mixed_numbers_of_responses_are_refused():
   groups = worlds.make_groups(2) + worlds.make_groups(1, responses=1)
   with pytest.raises(ValueError, match=r'\[1, 2\] responses'):
-    batches.evaluation_plan(groups, batch_size=2, row_length=99, multiple=1)
+    batches.evaluation_plan(
+      groups, batch_size=2, row_length=99, multiple=1, window=None
+    )

@@ -51,6 +51,7 @@ def compile_seconds(config):
     batch_size=4,
     row_length=256,
     multiple=1,
+    window=None,
   )
   state = train.State(
     params,

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import attention
 from dpo_jax import evaluators
 from dpo_jax import rewards
 from dpo_jax import sharding
@@ -24,7 +26,7 @@ def test_heldout_means_do_not_depend_on_the_batch_size():
   found = []
   for batch_size in (11, 4):  # 4 leaves a tail of three
     plan = batches.evaluation_plan(
-      groups, batch_size=batch_size, row_length=48, multiple=8
+      groups, batch_size=batch_size, row_length=48, multiple=8, window=None
     )
     evaluate = evaluators.make_heldout(sums, plan, mesh, ref_values=None)
     found.append(evaluate(params, ref, {}))
@@ -44,7 +46,8 @@ def plain_log_probs(config, params, tokens):
   hidden = transformer.Transformer(config).apply(
     {'params': params}, tokens, positions, 0 * positions, positions + 1
   )
-  return jax.nn.log_softmax(hidden @ transformer.unembedding(params).T)[0]
+  logits = hidden @ transformer.unembedding(params).T
+  return jax.nn.log_softmax(attention.soft_cap(logits, config.logit_cap))[0]
 
 
 def sequence_kl_by_hand(config, params, ref_params, group):
@@ -58,8 +61,10 @@ def sequence_kl_by_hand(config, params, ref_params, group):
   return kls[len(group.prompt) - 1 : len(sequence) - 1].sum()
 
 
-def test_sequence_kl_equals_separate_sequences():
-  config, mesh = worlds.LLAMA, sharding.make_mesh(**MESH)
+@pytest.mark.parametrize('cap', [None, 0.5])
+def test_sequence_kl_equals_separate_sequences(cap):
+  config = dataclasses.replace(worlds.LLAMA, logit_cap=cap)
+  mesh = sharding.make_mesh(**MESH)
   params, ref = worlds.params_of(config), worlds.params_of(config, seed=1)
   groups = worlds.make_groups(3, responses=1)
   plan = batches.uniform_plan(

@@ -8,6 +8,8 @@ import pytest
 from dpo_jax import logps
 
 R, S, D, V = 3, 10, 8, 60
+# Logits have a standard deviation of 3.
+CAPS = pytest.mark.parametrize('cap', [None, 4.0], ids=['plain', 'capped'])
 
 
 def arrays(seed=0):
@@ -18,8 +20,13 @@ def arrays(seed=0):
   return hidden, unembed, target, jax.random.normal(keys[3], (R, S))
 
 
-def naive(hidden, unembed, target):
+def logits_of(hidden, unembed, cap=None):
   logits = jnp.einsum('RSD,VD->RSV', hidden, unembed)
+  return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def naive(hidden, unembed, target, cap=None):
+  logits = logits_of(hidden, unembed, cap)
   picked = jnp.take_along_axis(
     jax.nn.log_softmax(logits), target[..., None], -1
   )
@@ -36,18 +43,21 @@ def values_and_grads(function, hidden, unembed, target, weight):
   return values, *grads
 
 
+@CAPS
 @pytest.mark.parametrize('chunk', [1, 7, 12, 16, 30, 200])
-def test_chunked_equals_naive_in_value_and_gradient(chunk):
+def test_chunked_equals_naive_in_value_and_gradient(chunk, cap):
   hidden, unembed, target, weight = arrays()
   for ours, expected in zip(
     values_and_grads(
-      functools.partial(logps.token_logps, chunk=chunk),
+      functools.partial(logps.token_logps, chunk=chunk, cap=cap),
       hidden,
       unembed,
       target,
       weight,
     ),
-    values_and_grads(naive, hidden, unembed, target, weight),
+    values_and_grads(
+      functools.partial(naive, cap=cap), hidden, unembed, target, weight
+    ),
     strict=True,
   ):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -57,7 +67,7 @@ def test_extreme_logits_stay_finite():
   hidden, unembed, target, _ = arrays()
 
   def function(hidden):
-    return jnp.sum(logps.token_logps(hidden, unembed, target, 4))
+    return jnp.sum(logps.token_logps(hidden, unembed, target, 4, cap=None))
 
   value, grad = jax.jit(jax.value_and_grad(function))(1e4 * hidden)
   assert np.isfinite(value) and np.isfinite(grad).all()
@@ -66,27 +76,37 @@ def test_extreme_logits_stay_finite():
 def test_bfloat16_states_give_float32_log_probs():
   hidden, unembed, target, _ = arrays()
   low = hidden.astype(jnp.bfloat16)
-  out = jax.jit(logps.token_logps, static_argnums=3)(low, unembed, target, 4)
+  out = jax.jit(functools.partial(logps.token_logps, chunk=4, cap=None))(
+    low, unembed, target
+  )
   assert out.dtype == jnp.float32
   rounded = unembed.astype(jnp.bfloat16).astype(jnp.float32)
   expected = naive(low.astype(jnp.float32), rounded, target)
   np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-def loss(hidden, unembed, target):
-  return jnp.sum(logps.token_logps(hidden, unembed, target, 32))
+def loss(hidden, unembed, target, cap=None):
+  return jnp.sum(logps.token_logps(hidden, unembed, target, 32, cap=cap))
+
+
+capped_loss = functools.partial(loss, cap=4.0)
 
 
 def kl(hidden, unembed, target):
   del target
-  return logps.token_kls(hidden, unembed, hidden, unembed, chunk=32)
+  return logps.token_kls(hidden, unembed, hidden, unembed, chunk=32, cap=None)
 
 
 @pytest.mark.parametrize('rows', [1, 4])
 @pytest.mark.parametrize(
   'function, arrays_held',
-  [(loss, 1), (jax.value_and_grad(loss, (0, 1)), 3), (kl, 2)],
-  ids=['value', 'gradient', 'kl'],
+  [
+    (loss, 1),
+    (jax.value_and_grad(loss, (0, 1)), 3),
+    (jax.value_and_grad(capped_loss, (0, 1)), 4),
+    (kl, 2),
+  ],
+  ids=['value', 'gradient', 'capped', 'kl'],
 )
 def test_a_chunk_bounds_the_logits_of_all_rows(function, arrays_held, rows):
   tokens, vocab, chunk = 512, 4096, 32
@@ -105,49 +125,54 @@ def test_a_chunk_bounds_the_logits_of_all_rows(function, arrays_held, rows):
   assert temporary < (arrays_held + 0.5) * chunk * vocab * 4
 
 
-def test_kl_equals_full_vocabulary_sum():
-  hidden, unembed, _, _ = arrays(0)
-  other, other_unembed, _, _ = arrays(1)
-  p = jax.nn.log_softmax(jnp.einsum('RSD,VD->RSV', hidden, unembed))
-  q = jax.nn.log_softmax(jnp.einsum('RSD,VD->RSV', other, other_unembed))
-  expected = jnp.sum(jnp.exp(p) * (p - q), -1)
-  kls = logps.token_kls(hidden, unembed, other, other_unembed, chunk=4)
+def kl_by_hand(hidden, unembed, other, other_unembed, *, cap):
+  p = jax.nn.log_softmax(logits_of(hidden, unembed, cap))
+  q = jax.nn.log_softmax(logits_of(other, other_unembed, cap))
+  return jnp.sum(jnp.exp(p) * (p - q), -1)
+
+
+@CAPS
+def test_kl_equals_full_vocabulary_sum(cap):
+  first, second = arrays(0)[:2], arrays(1)[:2]
+  kls = logps.token_kls(*first, *second, chunk=4, cap=cap)
+  expected = kl_by_hand(*first, *second, cap=cap)
   np.testing.assert_allclose(kls, expected, rtol=1e-5)
-  same = logps.token_kls(hidden, unembed, hidden, unembed, chunk=4)
+  same = logps.token_kls(*first, *first, chunk=4, cap=cap)
   np.testing.assert_allclose(same, 0.0, atol=1e-6)
 
 
-def test_kl_has_the_gradient_of_the_sum():
+@CAPS
+def test_kl_has_the_gradient_of_the_sum(cap):
   first, second = arrays(0)[:2], arrays(1)[:2]
-
-  def by_hand(hidden, unembed, other, other_unembed):
-    p = jax.nn.log_softmax(jnp.einsum('RSD,VD->RSV', hidden, unembed))
-    q = jax.nn.log_softmax(jnp.einsum('RSD,VD->RSV', other, other_unembed))
-    return jnp.sum(jnp.exp(p) * (p - q), -1)
+  ours = functools.partial(logps.token_kls, chunk=4, cap=cap)
+  by_hand = functools.partial(kl_by_hand, cap=cap)
 
   def total(function):
     return jax.jit(jax.grad(lambda *x: jnp.sum(function(*x) ** 2), range(4)))
 
-  found = total(functools.partial(logps.token_kls, chunk=4))(*first, *second)
-  for ours, expected in zip(found, total(by_hand)(*first, *second)):
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-3)
+  found = total(ours)(*first, *second)
+  for grad, expected in zip(found, total(by_hand)(*first, *second)):
+    np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-3)
 
 
+@CAPS
 @pytest.mark.parametrize('chunk', [7, 200])
-def test_collisions_come_from_the_same_pass_without_a_gradient(chunk):
+def test_collisions_come_from_the_same_pass_without_a_gradient(chunk, cap):
   hidden, unembed, target, weight = arrays()
   values, collisions = logps.token_logps_and_collisions(
-    hidden, unembed, target, chunk
+    hidden, unembed, target, chunk, cap=cap
   )
-  probs = jax.nn.softmax(jnp.einsum('RSD,VD->RSV', hidden, unembed))
+  probs = jax.nn.softmax(logits_of(hidden, unembed, cap))
   expected = np.log((np.asarray(probs, np.float64) ** 2).sum(-1))
   np.testing.assert_allclose(collisions, expected, atol=1e-5)
 
   def first_alone(*inputs):
-    return logps.token_logps(*inputs, chunk)
+    return logps.token_logps(*inputs, chunk, cap=cap)
 
   def weighted_by_the_second(*inputs):
-    values, collisions = logps.token_logps_and_collisions(*inputs, chunk)
+    values, collisions = logps.token_logps_and_collisions(
+      *inputs, chunk, cap=cap
+    )
     return values + 7.0 * collisions
 
   plain = values_and_grads(first_alone, hidden, unembed, target, weight)

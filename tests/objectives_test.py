@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import attention
 from dpo_jax import evaluators
 from dpo_jax import objectives
 from dpo_jax import sharding
@@ -22,7 +23,8 @@ from dpo_jax.losses import table
 from dpo_jax.models import transformer
 from tests import worlds
 
-CONFIG = worlds.LLAMA
+# A soft cap of the logits that is felt: wherever it is forgotten, it shows.
+CONFIG = dataclasses.replace(worlds.LLAMA, logit_cap=0.5)
 LONGEST = 24
 
 
@@ -58,7 +60,8 @@ def plain_log_probs(params, tokens_T):
   hidden = transformer.Transformer(CONFIG).apply(
     {'params': params}, tokens_T[None], positions, 0 * positions, positions + 1
   )
-  return jax.nn.log_softmax(hidden @ transformer.unembedding(params).T)[0]
+  logits = hidden @ transformer.unembedding(params).T
+  return jax.nn.log_softmax(attention.soft_cap(logits, CONFIG.logit_cap))[0]
 
 
 @functools.cache
@@ -174,6 +177,7 @@ def run(section, form, transform=lambda function: function, devices=1):
     batch_size=len(groups),
     row_length=64,
     multiple=8,
+    window=None,
   )
   memory = objectives.first_memory(table.bind(section))
   policy, ref = models()
@@ -268,7 +272,7 @@ def test_the_running_mean_of_bco_counts_all_rewards_so_far():
   (term,) = table.bind(section)
   memory = objectives.first_memory((term,))
   plan = batches.evaluation_plan(
-    data('pairs'), batch_size=5, row_length=64, multiple=1
+    data('pairs'), batch_size=5, row_length=64, multiple=1, window=None
   )
   step = jax.jit(sums)
   seen = []
@@ -309,7 +313,7 @@ def test_a_loss_without_its_rewards_says_so():
   section = {'nca': table.options('nca', reward_temperature=1.0)}
   sums = worlds.make_sums(CONFIG, section)
   plan = batches.evaluation_plan(
-    data('pairs'), batch_size=13, row_length=64, multiple=1
+    data('pairs'), batch_size=13, row_length=64, multiple=1, window=None
   )
   with pytest.raises(ValueError, match='the data has no rewards'):
     sums(*models(), plan.batch(0), {})

@@ -77,6 +77,7 @@ def replay(
     [list(range(s * B, (s + 1) * B)) for s in range(len(by_step))],
     row_length=row_length,
     multiple=1,
+    window=None,
   )
   mesh = jax.make_mesh(
     (1, 1, 1),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import attention
 from dpo_jax import objectives
 from dpo_jax.data import examples
 from dpo_jax.data import partners
@@ -28,7 +30,7 @@ def group(prompt, *responses, **fields):
   )
 
 
-def layout(groups, members, *, T, S, G, K):
+def layout(groups, members, *, T, S, G, K, window=None):
   return rows.fill(
     groups,
     members,
@@ -36,6 +38,7 @@ def layout(groups, members, *, T, S, G, K):
     row_scored=S,
     row_groups=G,
     responses=K,
+    window=window,
   )
 
 
@@ -71,7 +74,7 @@ def test_three_responses_are_two_blocks():
   assert row['hi'].tolist() == [[2, 2, 3, 4, 5, 6]]
   assert row['source'].tolist() == [[1, 1, 3, 4]]
   assert row['slot'].tolist() == [[0, 1, 2, 2]]
-  assert rows.slots_needed(three) == 6
+  assert rows.slots_needed(three, window=None) == 6
 
 
 def literal(groups, members, **shape):
@@ -90,7 +93,7 @@ def test_an_odd_last_block_has_no_left_side():
   assert row['target'] == [[C1, C2, E, R1, E, R2, 0]]
   assert row['slot'] == [[0, 0, 0, 1, 1, 2, -1]]
   assert row['mask'] == [[True, False]] and row['group'] == [[0, -1]]
-  assert rows.slots_needed(three) == 10
+  assert rows.slots_needed(three, window=None) == 10
 
 
 def test_four_responses_are_two_whole_blocks():
@@ -103,7 +106,7 @@ def test_four_responses_are_two_whole_blocks():
   assert row['source'] == [[3, 3, 1, 7, 8, 7]]
   assert row['target'] == [[C1, R1, E, C2, E, R2]]
   assert row['slot'] == [[0, 1, 1, 2, 2, 3]]
-  assert rows.slots_needed(four) == 10
+  assert rows.slots_needed(four, window=None) == 10
 
 
 def test_rankings_share_a_row_with_their_rewards_and_costs():
@@ -136,21 +139,41 @@ def test_a_mismatched_response_costs_no_second_prompt():
   assert row['hi'] == [[5, 5, 5, 4, 5, 6, 7]]
   assert row['target'] == [[C1, E, R1, R2, E]]
   assert row['slot'] == [[0, 0, 1, 1, 1]]
-  assert rows.slots_needed(made[0]) == rows.slots_needed(singles[0]) + 3
+  assert (
+    rows.slots_needed(made[0], window=None)
+    == rows.slots_needed(singles[0], window=None) + 3
+  )
 
 
+def test_a_left_response_beyond_the_window_gets_a_prompt_of_its_own():
+  pair = group([P1, P2, P3], [C1, C2, E], [R1, E])
+  fits = literal([pair], [[0]], T=12, S=6, G=1, K=2, window=5)
+  assert fits == literal([pair], [[0]], T=12, S=6, G=1, K=2)
+  assert rows.slots_needed(pair, window=5) == 8
+  row = literal([pair], [[0]], T=12, S=6, G=1, K=2, window=4)
+  assert row['tokens'] == [[P1, P2, P3, C1, C2, E, P1, P2, P3, R1, E, 0]]
+  assert row['positions'] == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0]]
+  assert row['lo'] == [[0, 0, 0, 0, 0, 0, 6, 6, 6, 6, 6, 11]]
+  assert row['hi'] == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
+  assert row['source'] == [[2, 3, 4, 8, 9, 0]]
+  assert row['target'] == [[C1, C2, E, R1, E, 0]]
+  assert row['slot'] == [[0, 0, 0, 1, 1, -1]]
+  assert rows.slots_needed(pair, window=4) == 11
+
+
+@pytest.mark.parametrize('window', [None, 8])
 @pytest.mark.parametrize('K', [1, 2, 3, 4, 5])
-def test_a_scored_token_is_predicted_from_the_prompt_and_what_came_before(K):
+def test_a_scored_token_is_predicted_from_what_came_before(K, window):
   groups = worlds.make_groups(12, responses=K, seed=K)
   members = rows.assign(
-    [rows.slots_needed(g) for g in groups],
+    [rows.slots_needed(g, window=window) for g in groups],
     [rows.scored_tokens(g) for g in groups],
     row_length=120,
     row_scored=80,
   )
   most = max(map(len, members))
   assert most > 1
-  batch = layout(groups, members, T=120, S=80, G=most, K=K)
+  batch = layout(groups, members, T=120, S=80, G=most, K=K, window=window)
   seen = 0
   for r, s in np.argwhere(batch['slot'] >= 0):
     g, k = divmod(int(batch['slot'][r, s]), K)
@@ -203,6 +226,7 @@ def plain_values_and_grads(config, params, tokens_NT, weight_NT):
       positions_NT + 1,
     )
     logits_NTV = hidden_NTD[:, :-1] @ transformer.unembedding(params).T
+    logits_NTV = attention.soft_cap(logits_NTV, config.logit_cap)
     values_NT = jnp.take_along_axis(
       jax.nn.log_softmax(logits_NTV), tokens_NT[:, 1:, None], -1
     )[..., 0]
@@ -212,23 +236,52 @@ def plain_values_and_grads(config, params, tokens_NT, weight_NT):
   return values_NT, grads
 
 
-@pytest.mark.parametrize('family', worlds.FAMILIES)
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
 @pytest.mark.parametrize('K', [1, 2, 3])
 def test_rows_equal_separate_sequences(family, K):
-  config = worlds.FAMILIES[family]
+  assert_rows_equal_sequences(worlds.FAMILIES[family], K)
+
+
+# Prompt and left response have 6 to 13 tokens, in some groups 9 and 13.
+@pytest.mark.parametrize(
+  'K, window, fits',
+  [
+    (2, 5, {False}),
+    (2, 9, {False, True}),
+    (2, 13, {True}),
+    (2, 40, {True}),
+    (3, 12, {False, True}),
+  ],
+)
+def test_rows_with_windows_equal_separate_sequences(K, window, fits):
+  config = dataclasses.replace(worlds.GEMMA, window=window)
+  groups = assert_rows_equal_sequences(config, K)
+  lengths = {len(g.prompt) + len(g.responses[1]) for g in groups}
+  assert {length <= window for length in lengths} == fits
+  assert window in lengths or (K, window) not in [(2, 9), (2, 13)]
+
+
+def test_prompts_shared_beyond_the_window_would_be_wrong():
+  with pytest.raises(AssertionError, match='Mismatched elements'):
+    assert_rows_equal_sequences(worlds.GEMMA, 2, fall_back=False)
+
+
+def assert_rows_equal_sequences(config, K, *, fall_back=True):
+  """Compares values and gradients; returns the groups."""
   params = worlds.params_of(config)
   # Up to 15 sequences of up to 16 tokens, and shapes that all K share.
   groups = worlds.make_groups(15 // K, responses=K)
+  window = config.window if fall_back else None
   members = rows.assign(
-    [rows.slots_needed(g) for g in groups],
+    [rows.slots_needed(g, window=window) for g in groups],
     [rows.scored_tokens(g) for g in groups],
-    row_length=60,
+    row_length=72,
     row_scored=30,
     rows=4,
   )
   assert len(members) == 4 and max(map(len, members)) > 1
   G = max(map(len, members))
-  batch = layout(groups, members, T=60, S=30, G=G, K=K)
+  batch = layout(groups, members, T=72, S=30, G=G, K=K, window=window)
 
   sequences = [
     np.concatenate([g.prompt, response])
@@ -281,6 +334,7 @@ def test_rows_equal_separate_sequences(family, K):
       atol=1e-7 + 1e-5 * np.abs(plain).max(),
       err_msg=jax.tree_util.keystr(path),
     )
+  return groups
 
 
 def test_assignment_respects_both_capacities():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import attention
 from dpo_jax import sampling
 from dpo_jax.models import transformer
 from tests import worlds
@@ -58,7 +59,8 @@ def padded_logps(family):
     hidden_BTD = transformer.Transformer(config).apply(
       {'params': params}, tokens_BT, slots_BT, slots_BT * 0, slots_BT + 1
     )
-    return jax.nn.log_softmax(hidden_BTD[0] @ transformer.unembedding(params).T)
+    logits_TV = hidden_BTD[0] @ transformer.unembedding(params).T
+    return jax.nn.log_softmax(attention.soft_cap(logits_TV, config.logit_cap))
 
   return logps
 
@@ -80,7 +82,12 @@ def response_logps(family, prompt, response):
 
 @pytest.mark.parametrize(
   ('family', 'temperature', 'top_p'),
-  [('llama', 1.0, 1.0), ('gpt2', 1.0, 1.0), ('llama', 0.7, 0.8)],
+  [
+    ('llama', 1.0, 1.0),
+    ('gpt2', 1.0, 1.0),
+    ('gemma', 1.0, 1.0),
+    ('llama', 0.7, 0.8),
+  ],
 )
 def test_token_logps_are_the_plain_policy_teacher_forced(
   family, temperature, top_p

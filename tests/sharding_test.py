@@ -45,6 +45,7 @@ def losses_of_a_run(devices, mesh_shape):
     batch_size=16,
     row_length=48,
     multiple=8,
+    window=None,
   )
   values = []
   with sharding.use(mesh):

@@ -19,6 +19,8 @@ from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import workdirs
+from dpo_jax.data import batches
+from dpo_jax.models import presets
 from tests import worlds
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,6 +41,26 @@ def test_loss_is_ln_2_before_the_first_update(tmp_path, mode):
   for name in ('train/loss', 'heldout/loss'):
     first = losses_of(tmp_path / 'run', name)[0]
     assert abs(first - math.log(2)) < 1e-6, name
+
+
+def test_the_window_of_the_model_reaches_every_plan(tmp_path, monkeypatch):
+  model = dataclasses.replace(
+    presets.DEBUG['debug-llama'], window=20, windowed=(True, False)
+  )
+  monkeypatch.setitem(presets.DEBUG, 'debug-llama', model)
+  plans, plan_steps = [], batches.plan_steps
+
+  def spy(*args, **keywords):
+    plans.append(plan_steps(*args, **keywords))
+    if len(plans) == 2:  # held-out and training groups
+      raise KeyboardInterrupt
+    return plans[-1]
+
+  monkeypatch.setattr(batches, 'plan_steps', spy)
+  with pytest.raises(KeyboardInterrupt):
+    train.train(worlds.debug_config(tmp_path), tmp_path / 'run')
+  assert len({len(plan.groups) for plan in plans}) == 2
+  assert [plan.window for plan in plans] == [20, 20]
 
 
 def test_cached_reference_equals_frozen_and_is_reused(tmp_path, monkeypatch):
@@ -78,6 +100,8 @@ def test_the_cache_key_covers_what_changes_the_numbers_and_no_more():
     key(nudged, worlds.LLAMA, groups),
     key(params, replace(dtype='bfloat16'), groups),
     key(params, replace(norm_eps=1e-6), groups),
+    key(params, replace(logit_cap=30.0), groups),
+    key(params, replace(window=4, windowed=(True,) * 3), groups),
     key(params, worlds.LLAMA, groups[:2]),
     key(params, worlds.LLAMA, groups[::-1]),
     key(params, worlds.LLAMA, worlds.make_groups(3, seed=1)),

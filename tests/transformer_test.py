@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import attention
 from dpo_jax.models import transformer
 from tests import worlds
 
@@ -43,7 +44,9 @@ def test_remat_and_unrolling_change_nothing(family, change):
   other, other_grads = loss_and_grads(changed, params)
   np.testing.assert_allclose(other, value, rtol=1e-5)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=0, atol=1e-7 + 1e-5 * np.abs(b).max()
+    ),
     other_grads,
     grads,
   )
@@ -81,6 +84,7 @@ def test_every_parameter_matters(family):
 
   def loss(params):
     logits = hidden_states(config, params) @ transformer.unembedding(params).T
+    logits = attention.soft_cap(logits, config.logit_cap)
     return jnp.sum(jax.nn.log_softmax(logits)[..., 7])
 
   grads = jax.jit(jax.grad(loss))(worlds.params_of(config))
@@ -97,6 +101,45 @@ def test_compute_dtype_leaves_parameters_alone():
   params = worlds.params_of(config)
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
   assert hidden_states(config, params).dtype == jnp.bfloat16
+
+
+def test_a_window_sees_the_last_keys_only():
+  """By gradients with respect to the embedding of each position."""
+  config = dataclasses.replace(
+    worlds.LLAMA, num_layers=1, window=4, windowed=(True,)
+  )
+  params = worlds.params_of(config)
+  tokens = jnp.arange(9)[None]
+
+  def last(table):
+    hidden = transformer.Transformer(config).apply(
+      {'params': params | {'embed': {'tokens': table}}},
+      tokens,
+      *(x[:1] for x in (POSITIONS, *CAUSAL)),
+    )
+    return jnp.sum(jnp.sin(hidden[0, -1]))
+
+  grad = np.abs(jax.jit(jax.grad(last))(params['embed']['tokens'])).sum(-1)
+  np.testing.assert_array_equal(grad[:9] > 0, np.arange(9) >= 5)
+
+
+@pytest.mark.parametrize(
+  'changes, error',
+  [
+    (dict(window=4), 'a bool for each of the 3 layers'),
+    (dict(window=4, windowed=(True, False)), 'each of the 3 layers'),
+    (dict(window=4, windowed=(False,) * 3), 'one that is True'),
+    (dict(windowed=(True,) * 3), 'window is None'),
+    (dict(rope_factor=2.0), "'none' needs no numbers, got rope_factor"),
+    (dict(rope_scaling='llama3', rope_factor=2.0), 'needs .*rope_low_freq'),
+    (dict(local_rope_theta=100.0), 'set window'),
+    (dict(rotary_fraction=0.25), '1 of head_dim 4 would be rotated'),
+    (dict(rope_scaling='yarn'), "model.rope_scaling is 'yarn'"),
+  ],
+)
+def test_half_a_window_or_scaling_is_refused(changes, error):
+  with pytest.raises(ValueError, match=error):
+    dataclasses.replace(worlds.LLAMA, **changes)
 
 
 @pytest.mark.parametrize('field', ['norm', 'positions', 'mlp', 'remat'])

@@ -43,7 +43,25 @@ GPT2 = dataclasses.replace(
   mlp_bias=True,
   tied=False,
 )
-FAMILIES = {'llama': LLAMA, 'gpt2': GPT2}
+# All that Gemma 1, 2 and 3 have, with a window shorter than most sequences.
+GEMMA = dataclasses.replace(
+  LLAMA,
+  head_dim=6,
+  mlp='geglu',
+  norm_offset=True,
+  qk_norm=True,
+  post_norms=True,
+  embed_scale=True,
+  rope_scaling='linear',
+  rope_factor=2.0,
+  window=5,
+  windowed=(True, False, True),
+  local_rope_theta=100.0,
+  query_scalar=3.0,
+  attention_cap=2.0,
+  logit_cap=3.0,
+)
+FAMILIES = {'llama': LLAMA, 'gpt2': GPT2, 'gemma': GEMMA}
 
 
 def params_of(config, seed=0, *, size=0.1):
@@ -54,7 +72,8 @@ def params_of(config, seed=0, *, size=0.1):
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
-    center = 1.0 if jax.tree_util.keystr(path).endswith("['scale']") else 0.0
+    is_scale = jax.tree_util.keystr(path).endswith("['scale']")
+    center = 1.0 if is_scale and not config.norm_offset else 0.0
     return jnp.array(rng.normal(center, size, leaf.shape), jnp.float32)
 
   return jax.tree_util.tree_map_with_path(draw, shapes)

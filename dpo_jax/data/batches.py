@@ -47,6 +47,7 @@ class Plan:
   row_scored: int  # S
   row_groups: int  # G
   responses: int  # K
+  window: int | None  # of the model, see `rows.blocks`
 
   @property
   def num_steps(self):
@@ -82,6 +83,14 @@ class Plan:
       row_scored=self.row_scored,
       row_groups=self.row_groups,
       responses=self.responses,
+      window=self.window,
+    )
+
+  def tokens(self, step):
+    """Slots of a step that hold a token."""
+    return sum(
+      rows.slots_needed(self.groups[g], window=self.window)
+      for g in self.steps[step]
     )
 
   def slots(self):
@@ -90,7 +99,7 @@ class Plan:
 
   def fill(self):
     """Share of all slots that hold a token."""
-    used = sum(rows.slots_needed(self.groups[g]) for s in self.steps for g in s)
+    used = sum(self.tokens(step) for step in range(self.num_steps))
     return used / self.slots()
 
   def summary(self):
@@ -118,7 +127,7 @@ def _two_shapes(needs, multiple):
   return (int(top),) if small == top else (int(small), int(top))
 
 
-def plan_steps(groups, steps, *, row_length, multiple):
+def plan_steps(groups, steps, *, row_length, multiple, window):
   """Packs given steps (lists of group numbers) into rows of few shapes."""
   if not groups:
     raise ValueError('no examples are left to train or evaluate on')
@@ -137,7 +146,7 @@ def plan_steps(groups, steps, *, row_length, multiple):
         f'{len(without)} of {len(groups)} examples have no {name}, such as'
         f' {without[0]!r}; give {name} to all of them or to none'
       )
-  slots = [rows.slots_needed(group) for group in groups]
+  slots = [rows.slots_needed(group, window=window) for group in groups]
   scored = [rows.scored_tokens(group) for group in groups]
   for group, need in zip(groups, slots):
     if need > row_length:
@@ -169,29 +178,37 @@ def plan_steps(groups, steps, *, row_length, multiple):
     row_scored=-(-row_scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE,
     row_groups=max(len(row) for m in members for row in m),
     responses=responses.pop(),
+    window=window,
   )
 
 
-def training_plan(groups, *, seed, num_steps, batch_size, row_length, multiple):
+def training_plan(
+  groups, *, seed, num_steps, batch_size, row_length, multiple, window
+):
   """Plans a run of `num_steps` steps of exactly `batch_size` groups.
 
-  `multiple` is the number of devices that share the rows of a batch.
+  `multiple` is the number of devices that share the rows of a batch, `window`
+  that of the model (see `rows.blocks`).
   """
   steps = [
     shuffled(seed=seed, step=s, batch_size=batch_size, num_groups=len(groups))
     for s in range(num_steps)
     if groups
   ]
-  return plan_steps(groups, steps, row_length=row_length, multiple=multiple)
+  return plan_steps(
+    groups, steps, row_length=row_length, multiple=multiple, window=window
+  )
 
 
-def evaluation_plan(groups, *, batch_size, row_length, multiple):
+def evaluation_plan(groups, *, batch_size, row_length, multiple, window):
   """Plans one pass in order; the last batch may hold fewer groups."""
   numbers = list(range(len(groups)))
   steps = [
     numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)
   ]
-  return plan_steps(groups, steps, row_length=row_length, multiple=multiple)
+  return plan_steps(
+    groups, steps, row_length=row_length, multiple=multiple, window=window
+  )
 
 
 def uniform_plan(
@@ -228,6 +245,7 @@ def uniform_plan(
     row_scored=row_groups * max_response,
     row_groups=row_groups,
     responses=1,
+    window=None,  # a single response stands in order
   )
 
 

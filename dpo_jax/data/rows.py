@@ -13,8 +13,15 @@ Literal example, prompt `p1 p2 p3`, chosen `c1 c2 E`, rejected `r1 E`:
     lo          0    1    2    2    2    2    2    2
     hi          5    5    3    4    5    6    7    8
 
-K = 1 is `prompt | response`; K > 2 writes ceil(K / 2) such blocks. Only
-response tokens are scored; each scored token has `source` (the slot whose
+K = 1 is `prompt | response`; K > 2 writes ceil(K / 2) such blocks.
+
+A layer with a sliding window sees the last `window` slots of an interval. That
+is right for what stands in order, but a reversed response has the start of the
+prompt in the middle of its interval. So where prompt and left response are
+longer than the window, the block is written as two, `prompt | chosen` and
+`prompt | rejected`.
+
+Only response tokens are scored; each scored token has `source` (the slot whose
 hidden state predicts it), `target` and `slot` (which response of the row):
 above 4->c1, 5->c2, 6->E in slot 0 and 4->r1, 1->E in slot 1. Group g of a row
 owns slots gK .. gK+K-1.
@@ -26,10 +33,27 @@ responses per group.
 import numpy as np
 
 
-def slots_needed(group):
+def blocks(group, *, window):
+  """Returns the (right, left) response numbers of each block; left or None.
+
+  `window` is that of the model's windowed layers, or None.
+  """
+  out = []
+  for k in range(0, len(group.responses), 2):
+    pair = group.responses[k : k + 2]
+    if len(pair) == 1:
+      out.append((k, None))
+    elif window is None or len(group.prompt) + len(pair[1]) <= window:
+      out.append((k, k + 1))
+    else:
+      out += [(k, None), (k + 1, None)]
+  return out
+
+
+def slots_needed(group, *, window):
   """Token slots a group takes in a row."""
-  blocks = (len(group.responses) + 1) // 2
-  return blocks * len(group.prompt) + scored_tokens(group)
+  prompts = len(blocks(group, window=window)) * len(group.prompt)
+  return prompts + scored_tokens(group)
 
 
 def scored_tokens(group):
@@ -94,7 +118,9 @@ def _write_block(row, start, prompt, right, left):
   return left_slots, middle + P - 1, right_slots
 
 
-def fill(groups, members, *, row_length, row_scored, row_groups, responses):
+def fill(
+  groups, members, *, row_length, row_scored, row_groups, responses, window
+):
   """Lays groups out.
 
   Args:
@@ -104,6 +130,7 @@ def fill(groups, members, *, row_length, row_scored, row_groups, responses):
     row_scored: S.
     row_groups: G.
     responses: K, the same for every group.
+    window: see `blocks`.
 
   Returns:
     Dict of numpy arrays: `tokens positions lo hi` int32 [R, T]; `source
@@ -139,19 +166,19 @@ def fill(groups, members, *, row_length, row_scored, row_groups, responses):
       for name, values in [('rewards', group.rewards), ('costs', group.costs)]:
         if values is not None:
           row[name][g] = values
-      for k in range(0, K, 2):
-        right = group.responses[k]
-        left = group.responses[k + 1] if k + 1 < K else right[:0]
+      for right_k, left_k in blocks(group, window=window):
+        right = group.responses[right_k]
+        left = right[:0] if left_k is None else group.responses[left_k]
         left_slots, last, right_slots = _write_block(
           row, start, group.prompt, right, left
         )
         start += len(left) + len(group.prompt) + len(right)
-        for i, slots in [(k, right_slots), (k + 1, left_slots)]:
-          if not len(slots):
+        for k, slots in [(right_k, right_slots), (left_k, left_slots)]:
+          if k is None:
             continue
           span = slice(scored, scored + len(slots))
           row['source'][span] = np.concatenate([[last], slots[:-1]])
-          row['target'][span] = group.responses[i]
-          row['slot'][span] = g * K + i
+          row['target'][span] = group.responses[k]
+          row['slot'][span] = g * K + k
           scored += len(slots)
   return batch

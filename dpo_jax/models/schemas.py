@@ -6,9 +6,65 @@ and never a silently different model.
 """
 
 import dataclasses
+import typing
+from collections.abc import Callable
 from collections.abc import Mapping
 
 from dpo_jax.models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """How a kind of config says which layers have a sliding window.
+
+  names: all attributes that have to do with it.
+  default: the window where `sliding_window` is absent.
+  has: (layer, attributes) -> bool, where `layer_types` is absent;
+    `attributes['sliding_window']` is always there.
+  """
+
+  names: frozenset[str]
+  default: int
+  has: Callable[[int, Mapping], bool]
+
+  def read(self, attributes: Mapping) -> dict:
+    """Returns the fields `window` and `windowed`, or raises ValueError."""
+    attributes = {'sliding_window': self.default, **attributes}
+    for name, least in [
+      ('sliding_window', 1),
+      ('sliding_window_pattern', 1),
+      ('max_window_layers', 0),
+    ]:
+      value = attributes.get(name)
+      if value is None and name != 'sliding_window':
+        attributes.pop(name, None)
+      elif value is not None and (type(value) is not int or value < least):
+        raise ValueError(f'{name} = {value!r} (not an integer >= {least})')
+    window, layers = (
+      attributes.get(name) for name in ('sliding_window', 'num_hidden_layers')
+    )
+    if type(layers) is not int:
+      return {}  # Refused elsewhere.
+    kinds = attributes.get('layer_types')
+    if kinds is None:
+      windowed = [bool(self.has(i, attributes)) for i in range(layers)]
+    else:
+      known = ('full_attention', 'sliding_attention')
+      if len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise ValueError(
+          f'layer_types = {kinds!r} (only {" or ".join(map(repr, known))} for'
+          f' each of the {layers} layers is implemented)'
+        )
+      windowed = [kind == 'sliding_attention' for kind in kinds]
+    if not any(windowed):
+      return {}
+    switch = 'use_sliding_window'
+    if window is None or not attributes.get(switch, switch not in self.names):
+      raise ValueError(
+        f'layers have windows, but sliding_window = {window!r} and {switch} ='
+        f' {attributes.get(switch)!r}'
+      )
+    return {'window': window, 'windowed': tuple(windowed)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +75,19 @@ class Schema:
   'rope_parameters.rope_theta'.
 
   fields: attribute -> TransformerConfig field, or several with one value.
+  words: attribute of `fields` -> {its value: the field's value}.
   only: attribute -> the values under which our decoder is the same model.
   harmless: attributes that do not change what the model computes.
   absent: fields no attribute has to give, and the family's value for them.
+  windows: which layers have a sliding window, None: no family's has.
   """
 
   fields: Mapping[str, str]
   only: Mapping[str, tuple]
   harmless: frozenset[str]
   absent: Mapping[str, object]
+  words: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
+  windows: Windows | None = None
 
 
 # Attributes every Hugging Face config may have. Dropout is here on purpose:
@@ -53,25 +113,49 @@ HF_ONLY = {
   'pruned_heads': (None, {}),
   'pretraining_tp': (1, None),
   'quantization_config': (None,),
-  'sliding_window': (None,),
-  'use_sliding_window': (False,),
 }
+NO_WINDOW = {'sliding_window': (None,), 'use_sliding_window': (False,)}
 ROPE_ONLY = {
   'rope_interleaved': (False, None),
   'rope_parameters': (None,),
-  'rope_parameters.rope_type': ('default',),
-  'rope_parameters.type': ('default',),
   'rope_scaling': (None,),
-  'rope_scaling.rope_type': ('default',),
-  'rope_scaling.type': ('default',),
 }
+
+
+def rope_fields(*places: str) -> dict[str, str]:
+  """Returns the `fields` of rotary embeddings described in these dicts."""
+  fields = {'rope_theta': 'rope_theta'}
+  for place in places:
+    fields |= {
+      f'{place}.rope_theta': 'rope_theta',
+      f'{place}.rope_type': 'rope_scaling',
+      f'{place}.type': 'rope_scaling',
+      f'{place}.factor': 'rope_factor',
+      f'{place}.low_freq_factor': 'rope_low_freq_factor',
+      f'{place}.high_freq_factor': 'rope_high_freq_factor',
+      f'{place}.original_max_position_embeddings': 'rope_original_positions',
+    }
+  return fields
+
+
+def rope_words(*places: str) -> dict[str, dict[str, str]]:
+  """Returns the `words` that go with `rope_fields`."""
+  words = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3'}
+  return {
+    f'{p}.{name}': words for p in places for name in ('rope_type', 'type')
+  }
+
+
+ROPE_FIELDS = rope_fields('rope_parameters', 'rope_scaling')
+ROPE_WORDS = rope_words('rope_parameters', 'rope_scaling')
 
 
 def _flat(attributes: Mapping, prefix: str = '') -> dict:
   """Addresses nested attributes with dots; a dict nobody nests stays one."""
   flat = {}
   for name, value in attributes.items():
-    if name.startswith('rope_') and isinstance(value, Mapping) and value:
+    inside = prefix or name.startswith('rope_')
+    if inside and isinstance(value, Mapping) and value:
       flat.update(_flat(value, f'{prefix}{name}.'))
     else:
       flat[prefix + name] = value
@@ -87,15 +171,22 @@ def translate(
   source: what the error calls the config.
   """
   types = {
-    field.name: field.type
+    field.name: typing.get_args(field.type) or (field.type,)
     for field in dataclasses.fields(transformer.TransformerConfig)
   }
+  attributes = _flat(attributes)
   values, problems = {}, []
-  for name, value in _flat(attributes).items():
+  for name, value in attributes.items():
     if name in schema.fields:
       field = schema.fields[name]
-      if value is None:
+      if value is None and type(None) not in types[field]:
         continue
+      if name in schema.words:
+        words = schema.words[name]
+        if value not in list(words):
+          problems.append(_refusal(name, value, words))
+          continue
+        value = words[value]
       wrong = _wrong_type(value, types[field])
       if wrong:
         problems.append(f'{name} = {value!r} ({wrong})')
@@ -105,10 +196,21 @@ def translate(
         )
     elif name in schema.only:
       if value not in schema.only[name]:
-        allowed = ' or '.join(repr(v) for v in schema.only[name])
-        problems.append(f'{name} = {value!r} (only {allowed} is implemented)')
+        problems.append(_refusal(name, value, schema.only[name]))
+    elif schema.windows and name in schema.windows.names:
+      pass  # read together below
     elif name not in schema.harmless:
       problems.append(f'{name} = {value!r} (unknown attribute)')
+  if schema.windows:
+    try:
+      known = {
+        name: value
+        for name, value in attributes.items()
+        if name in schema.windows.names or name == 'num_hidden_layers'
+      }
+      values |= schema.windows.read(known)
+    except ValueError as error:
+      problems.append(str(error))
   values = {**schema.absent, **fixed, **values}
   values = {
     field: value for field, value in values.items() if value is not None
@@ -132,23 +234,33 @@ def translate(
       names = [a for a, f in schema.fields.items() if f == field.name]
       if field.name != 'head_dim':  # Follows from two that are missing too.
         problems.append(f'{" or ".join(names)} is missing')
-  if problems:
-    raise ValueError(
-      f'{source} cannot be translated faithfully:\n  ' + '\n  '.join(problems)
-    )
-  values['rope_theta'] = float(values['rope_theta'])
-  values['norm_eps'] = float(values['norm_eps'])
-  return transformer.TransformerConfig(**values)
+  if not problems:
+    for field, value in values.items():
+      values[field] = float(value) if float in types[field] else value
+    try:
+      return transformer.TransformerConfig(**values)
+    except ValueError as error:
+      problems.append(str(error))
+  raise ValueError(
+    f'{source} cannot be translated faithfully:\n  ' + '\n  '.join(problems)
+  )
 
 
-def _wrong_type(value, kind) -> str | None:
-  kind = kind if isinstance(kind, str) else kind.__name__
-  if kind == 'int':
+def _refusal(name, value, allowed) -> str:
+  allowed = ' or '.join(repr(v) for v in allowed)
+  return f'{name} = {value!r} (only {allowed} is implemented)'
+
+
+def _wrong_type(value, kinds) -> str | None:
+  """Says what is wrong with a value that shall be of one of these types."""
+  if value is None and type(None) in kinds:
+    return None
+  if int in kinds:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
       return 'not a positive integer'
-  elif kind == 'float':
+  elif float in kinds:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       return 'not a number'
-  elif kind == 'bool' and not isinstance(value, bool):
+  elif bool in kinds and not isinstance(value, bool):
     return 'not true or false'
   return None

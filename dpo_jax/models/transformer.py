@@ -13,8 +13,10 @@ Parameters (nested dict, layers stacked on a leading L axis):
   layers/norm1/scale [L,D]    layers/norm1/bias         (layer norm)
   layers/attention/q [L,D,N,H], k, v [L,D,K,H], out [L,N,H,D]
   layers/attention/{q,k,v,out}_bias                     (attention_bias)
+  layers/attention/{q,k}_norm/scale [L,H]               (qk_norm)
   layers/norm2/...            layers/mlp/{gate,up} [L,D,F], down [L,F,D]
   layers/mlp/{up,down}_bias   (mlp_bias)
+  layers/post_norm1, post_norm2/...                     (post_norms)
   final_norm/scale [D]        unembed [V,D]             (not tied)
 """
 
@@ -29,14 +31,32 @@ from dpo_jax import attention
 
 NORMS = ('rms', 'layer')
 POSITIONS = ('rotary', 'learned')
-MLPS = ('swiglu', 'gelu')
+ROPE_SCALINGS = {  # and the fields that each needs
+  'none': (),
+  'linear': ('rope_factor',),
+  'llama3': (
+    'rope_factor',
+    'rope_low_freq_factor',
+    'rope_high_freq_factor',
+    'rope_original_positions',
+  ),
+}
+_gelu_tanh = functools.partial(nn.gelu, approximate=True)
+_gelu_exact = functools.partial(nn.gelu, approximate=False)
+# The activation of the gate, or of the only matrix up.
+GATED_MLPS = {'swiglu': nn.silu, 'geglu': _gelu_tanh}
+PLAIN_MLPS = {'gelu': _gelu_tanh, 'gelu_exact': _gelu_exact}
+MLPS = (*GATED_MLPS, *PLAIN_MLPS)
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMATS = ('none', 'attention', 'full')
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """Sizes and variants; every field is needed by at least one family."""
+  """Sizes and variants; every field is needed by at least one family.
+
+  What is None or False by default is left out where a family has no such part.
+  """
 
   vocab_size: int
   d_model: int
@@ -50,10 +70,31 @@ class TransformerConfig:
   positions: str  # 'rotary' (Llama) or 'learned' (GPT-2)
   max_positions: int  # rows of the learned table; rotary: trained length
   rope_theta: float  # rotary only
-  mlp: str  # 'swiglu' (Llama) or 'gelu' (tanh form, GPT-2)
-  attention_bias: bool
+  mlp: (
+    str  # 'swiglu' (Llama), 'geglu' (Gemma); 'gelu' is the tanh form, without
+  )
+  # a gate (GPT-2), 'gelu_exact' the other (Pythia)
+  attention_bias: bool  # of q, k, v and, with out_bias, out
   mlp_bias: bool
   tied: bool  # the unembedding is the token embedding
+  out_bias: bool = True  # False: attention_bias leaves out out (Qwen 2)
+  norm_offset: bool = False  # norm scales are stored less 1 (Gemma)
+  qk_norm: bool = False  # norms of queries and keys (Qwen 3, Gemma 3)
+  post_norms: bool = False  # norms after attention and mlp too (Gemma 2, 3)
+  parallel: bool = False  # attention and mlp read the same (Pythia)
+  embed_scale: bool = False  # embeddings times sqrt(d_model) (Gemma)
+  rotary_fraction: float = 1.0  # of head_dim that is rotated (Pythia)
+  rope_scaling: str = 'none'  # 'linear' (Gemma 3) or 'llama3' (Llama 3.1)
+  rope_factor: float | None = None  # 'linear', 'llama3'
+  rope_low_freq_factor: float | None = None  # 'llama3', as the next two
+  rope_high_freq_factor: float | None = None
+  rope_original_positions: int | None = None
+  window: int | None = None  # of windowed layers: last keys seen (Mistral)
+  windowed: tuple[bool, ...] = ()  # which layers are (Gemma 2, 3)
+  local_rope_theta: float | None = None  # windowed layers, unscaled (Gemma 3)
+  query_scalar: float | None = None  # for head_dim in scores (Gemma 2, 3)
+  attention_cap: float | None = None  # soft cap of scores (Gemma 2)
+  logit_cap: float | None = None  # soft cap of logits, see `logps` (Gemma 2)
   dtype: str = 'float32'  # of the computation; parameters stay float32
   remat: str = 'none'  # what the backward pass recomputes
   scan_unroll: int = 1  # layers per iteration of the layer loop
@@ -64,6 +105,7 @@ class TransformerConfig:
       ('positions', POSITIONS),
       ('mlp', MLPS),
       ('remat', REMATS),
+      ('rope_scaling', tuple(ROPE_SCALINGS)),
     ]:
       if getattr(self, name) not in legal:
         raise ValueError(
@@ -75,11 +117,41 @@ class TransformerConfig:
       )
     if self.scan_unroll < 1:
       raise ValueError(f'scan_unroll is {self.scan_unroll}; use 1 or more')
+    if (self.window is None) == any(self.windowed) or len(
+      self.windowed
+    ) not in (0, self.num_layers):
+      raise ValueError(
+        f'window is {self.window} and windowed {self.windowed}; a window needs'
+        f' a bool for each of the {self.num_layers} layers and one that is True'
+      )
+    if self.local_rope_theta is not None and self.window is None:
+      raise ValueError(
+        'local_rope_theta is that of windowed layers; set window'
+      )
+    if self.positions == 'rotary' and self.rotated % 2:
+      raise ValueError(
+        f'{self.rotated} of head_dim {self.head_dim} would be rotated; rotary'
+        ' needs an even number'
+      )
+    scaled = [
+      f for f in ROPE_SCALINGS['llama3'] if getattr(self, f) is not None
+    ]
+    if set(scaled) != set(ROPE_SCALINGS[self.rope_scaling]):
+      raise ValueError(
+        f'rope_scaling {self.rope_scaling!r} needs'
+        f' {", ".join(ROPE_SCALINGS[self.rope_scaling]) or "no numbers"}, got'
+        f' {", ".join(scaled) or "none"}'
+      )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'num_heads {self.num_heads} is not a multiple of num_kv_heads'
         f' {self.num_kv_heads}'
       )
+
+  @property
+  def rotated(self):
+    """Dimensions of a head that rotary positions turn."""
+    return int(self.head_dim * self.rotary_fraction)
 
 
 def _declare(init, module, name, shape, axes):
@@ -92,38 +164,69 @@ _weight = functools.partial(_declare, nn.initializers.normal(0.02))
 _bias = functools.partial(_declare, nn.initializers.zeros)
 
 
-def rotary_tables(positions_BT, *, head_dim, theta):
-  """Returns float32 (cos, sin), each [B, T, 1, head_dim / 2]."""
-  frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+def rotary_frequencies(config, *, local):
+  """Returns radians per position, float32 [half of what is rotated].
+
+  `local` are those of windowed layers, which Gemma 3 does not scale.
+  """
+  cfg = config
+  size = cfg.rotated
+  own = local and cfg.local_rope_theta is not None
+  theta = cfg.local_rope_theta if own else cfg.rope_theta
+  frequencies = theta ** (-jnp.arange(0, size, 2) / size)
+  if cfg.rope_scaling == 'none' or own:
+    return frequencies
+  slow = frequencies / cfg.rope_factor
+  if cfg.rope_scaling == 'linear':
+    return slow
+  # Llama 3.1: what turns often within the original context stays, what turns
+  # rarely is slowed down, and between the two it is interpolated.
+  turns = cfg.rope_original_positions * frequencies / (2 * jnp.pi)
+  low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
+  kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+  return (1 - kept) * slow + kept * frequencies
+
+
+def rotary_tables(positions_BT, frequencies):
+  """Returns float32 (cos, sin), each [B, T, 1, frequencies]."""
   angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTNH, cos, sin):
-  """Rotary position embedding, half-split form (arXiv:2104.09864)."""
-  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  """Rotary position embedding, half-split form (arXiv:2104.09864).
+
+  The dimensions of a head that the tables do not cover stay as they are.
+  """
+  size = cos.shape[-1]
+  x = x_BTNH.astype(jnp.float32)
+  first, second = x[..., :size], x[..., size : 2 * size]
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate([*rotated, x[..., 2 * size :]], axis=-1).astype(
+    x_BTNH.dtype
   )
-  return rotated.astype(x_BTNH.dtype)
 
 
 class Norm(nn.Module):
-  """RMS norm or layer norm, computed in float32."""
+  """RMS norm or layer norm of the last dimension, computed in float32."""
 
   config: TransformerConfig
+  axis: str = 'embed'  # logical name of that dimension
 
   @nn.compact
-  def __call__(self, x_BTD):
-    cfg = self.config
-    x = x_BTD.astype(jnp.float32)
-    ones = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
-    scale = self.param('scale', ones, (cfg.d_model,))
+  def __call__(self, x):
+    cfg, shape = self.config, x.shape[-1:]
+    x = x.astype(jnp.float32)
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
+    ones = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+    if cfg.norm_offset:
+      scale = 1.0 + self.param('scale', zeros, shape)
+    else:
+      scale = self.param('scale', ones, shape)
     if cfg.norm == 'rms':
       x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + cfg.norm_eps)
       return (x * scale).astype(cfg.dtype)
-    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
-    bias = self.param('bias', zeros, (cfg.d_model,))
+    bias = self.param('bias', zeros, shape)
     x = x - jnp.mean(x, -1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + cfg.norm_eps)
     return (x * scale + bias).astype(cfg.dtype)
@@ -150,6 +253,9 @@ class Attention(nn.Module):
     query_BTNH = project('q', N, 'heads')
     key_BTKH = project('k', K, 'kv_heads')
     value_BTKH = project('v', K, 'kv_heads')
+    if cfg.qk_norm:
+      query_BTNH = Norm(cfg, 'head_dim', name='q_norm')(query_BTNH)
+      key_BTKH = Norm(cfg, 'head_dim', name='k_norm')(key_BTKH)
     if rope is not None:
       query_BTNH = rotate(query_BTNH, *rope)
       key_BTKH = rotate(key_BTKH, *rope)
@@ -163,19 +269,22 @@ class Attention(nn.Module):
         'value': insert(cache['value'], value_BTKH[None], start),
       }
       keys, values = cache['key'][layer], cache['value'][layer]
-    attend = attention.interval_attention
+    scalar = cfg.head_dim if cfg.query_scalar is None else cfg.query_scalar
+    attend = functools.partial(
+      attention.interval_attention, scale=scalar**-0.5, cap=cfg.attention_cap
+    )
     if cfg.remat == 'attention':
       attend = jax.checkpoint(attend, prevent_cse=False)
     out_BTNH = attend(query_BTNH, keys, values, lo_BT, hi_BT)
     w = _weight(self, 'out', (N, H, D), ('heads', 'head_dim', 'embed'))
     out_BTD = jnp.einsum('BTNH,NHD->BTD', out_BTNH, w)
-    if cfg.attention_bias:
+    if cfg.attention_bias and cfg.out_bias:
       out_BTD += _bias(self, 'out_bias', (D,), ('embed',))
     return out_BTD, cache
 
 
 class Mlp(nn.Module):
-  """SwiGLU (arXiv:2002.05202) or GPT-2's two-layer tanh-GELU."""
+  """SwiGLU or GEGLU (arXiv:2002.05202), or two layers with a GELU."""
 
   config: TransformerConfig
 
@@ -186,11 +295,11 @@ class Mlp(nn.Module):
     up_BTF = x_BTD @ _weight(self, 'up', (D, F), ('embed', 'mlp'))
     if cfg.mlp_bias:
       up_BTF += _bias(self, 'up_bias', (F,), ('mlp',))
-    if cfg.mlp == 'swiglu':
+    if cfg.mlp in GATED_MLPS:
       gate_BTF = x_BTD @ _weight(self, 'gate', (D, F), ('embed', 'mlp'))
-      hidden_BTF = nn.silu(gate_BTF) * up_BTF
+      hidden_BTF = GATED_MLPS[cfg.mlp](gate_BTF) * up_BTF
     else:
-      hidden_BTF = nn.gelu(up_BTF, approximate=True)
+      hidden_BTF = PLAIN_MLPS[cfg.mlp](up_BTF)
     out_BTD = hidden_BTF @ _weight(self, 'down', (F, D), ('mlp', 'embed'))
     if cfg.mlp_bias:
       out_BTD += _bias(self, 'down_bias', (D,), ('embed',))
@@ -198,7 +307,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One pre-norm layer.
+  """One pre-norm layer, of any kind: `layer` is its number and whether it has
+  a window, and of `los` and `ropes` the second is that of windowed layers.
 
   The cache of all layers is carried, not scanned in and out: a layer then
   writes its new slots in place instead of copying its whole cache.
@@ -207,26 +317,39 @@ class Block(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, carry, layer, rope, lo_BT, hi_BT, cache_index):
+  def __call__(self, carry, layer, ropes, los, hi_BT, cache_index):
     cfg = self.config
     x_BTD, cache = carry
+    number, windowed = layer
+
+    def of_this_kind(pair):
+      if cfg.window is None:
+        return pair[0]
+      return jax.tree.map(lambda a, b: jnp.where(windowed, b, a), *pair)
+
     y_BTD, cache = Attention(cfg, name='attention')(
       Norm(cfg, name='norm1')(x_BTD),
-      layer,
-      rope,
-      lo_BT,
+      number,
+      of_this_kind(ropes),
+      of_this_kind(los),
       hi_BT,
       cache,
       cache_index,
     )
+    if cfg.post_norms:
+      y_BTD = Norm(cfg, name='post_norm1')(y_BTD)
+    read_BTD = x_BTD if cfg.parallel else x_BTD + y_BTD
     x_BTD += y_BTD
-    x_BTD += Mlp(cfg, name='mlp')(Norm(cfg, name='norm2')(x_BTD))
+    y_BTD = Mlp(cfg, name='mlp')(Norm(cfg, name='norm2')(read_BTD))
+    if cfg.post_norms:
+      y_BTD = Norm(cfg, name='post_norm2')(y_BTD)
+    x_BTD += y_BTD
     x_BTD = nn.with_logical_constraint(x_BTD, ('rows', 'time', 'embed'))
     return (x_BTD, cache), None
 
 
 class Embed(nn.Module):
-  """Token embedding, plus the position table of GPT-2."""
+  """Token embedding, scaled in Gemma, plus the position table of GPT-2."""
 
   config: TransformerConfig
 
@@ -235,6 +358,8 @@ class Embed(nn.Module):
     cfg = self.config
     V, D, P = cfg.vocab_size, cfg.d_model, cfg.max_positions
     x_BTD = _weight(self, 'tokens', (V, D), ('vocab', 'embed'))[tokens_BT]
+    if cfg.embed_scale:
+      x_BTD *= jnp.asarray(D**0.5, cfg.dtype)
     if cfg.positions == 'learned':
       table_PD = _weight(self, 'positions', (P, D), ('position', 'embed'))
       x_BTD += table_PD[positions_BT]
@@ -265,11 +390,18 @@ class Transformer(nn.Module):
     """
     cfg = self.config
     x_BTD = Embed(cfg, name='embed')(tokens_BT, positions_BT)
-    rope = None
+    ropes, los, windowed = (None, None), (lo_BT, lo_BT), None
     if cfg.positions == 'rotary':
-      rope = rotary_tables(
-        positions_BT, head_dim=cfg.head_dim, theta=cfg.rope_theta
+      ropes = [
+        rotary_tables(positions_BT, rotary_frequencies(cfg, local=local))
+        for local in (False, True)
+      ]
+    if cfg.window is not None:
+      windowed = jnp.array(cfg.windowed)
+      slot_T = jnp.arange(tokens_BT.shape[1]) + (
+        0 if cache_index is None else cache_index
       )
+      los = (lo_BT, jnp.maximum(lo_BT, slot_T - cfg.window + 1))
     block = Block
     if cfg.remat == 'full':
       block = nn.remat(Block, prevent_cse=False)
@@ -284,9 +416,9 @@ class Transformer(nn.Module):
     )(cfg, name='layers')
     (x_BTD, new_cache), _ = layers(
       (x_BTD, cache),
-      jnp.arange(cfg.num_layers),
-      rope,
-      lo_BT,
+      (jnp.arange(cfg.num_layers), windowed),
+      ropes,
+      los,
       hi_BT,
       cache_index,
     )

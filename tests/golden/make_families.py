@@ -32,6 +32,9 @@ LLAMA = dict(
   max_position_embeddings=40,
   **SHARED,
 )
+PLAIN = dict(rope_type='default', rope_theta=10000.0)
+# Four layers: sliding, sliding, full, sliding.
+MIXED = ['full_attention' if i == 2 else 'sliding_attention' for i in range(4)]
 CONFIGS = {
   'llama_tied': transformers.LlamaConfig(
     tie_word_embeddings=True,
@@ -43,7 +46,7 @@ CONFIGS = {
     tie_word_embeddings=False,
     rms_norm_eps=1e-5,
     attention_bias=True,
-    rope_parameters=dict(rope_type='default', rope_theta=10000.0),
+    rope_parameters=PLAIN,
     **LLAMA,
   ),
   'gpt2': transformers.GPT2Config(
@@ -54,6 +57,95 @@ CONFIGS = {
     n_positions=24,
     layer_norm_epsilon=1e-3,
     **SHARED,
+  ),
+  # Wavelengths 6, 25, 101 and 402: below 16 / 2, between, above 16 / 0.25.
+  'llama3': transformers.LlamaConfig(
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-5,
+    rope_parameters=dict(
+      rope_type='llama3',
+      rope_theta=256.0,
+      factor=6.0,
+      low_freq_factor=0.25,
+      high_freq_factor=2.0,
+      original_max_position_embeddings=16,
+    ),
+    **(LLAMA | dict(head_dim=8)),
+  ),
+  'pythia': transformers.GPTNeoXConfig(
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=28,
+    max_position_embeddings=40,
+    layer_norm_eps=1e-3,
+    rope_parameters=PLAIN | dict(partial_rotary_factor=0.5),
+    **SHARED,
+  ),
+  'pythia_serial': transformers.GPTNeoXConfig(
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=28,
+    max_position_embeddings=40,
+    attention_bias=False,
+    use_parallel_residual=False,
+    tie_word_embeddings=True,
+    rope_parameters=dict(
+      rope_type='linear',
+      factor=3.0,
+      rope_theta=100.0,
+      partial_rotary_factor=0.25,
+    ),
+    **SHARED,
+  ),
+  'mistral': transformers.MistralConfig(
+    rms_norm_eps=1e-5,
+    rope_parameters=PLAIN,
+    sliding_window=5,
+    **LLAMA,
+  ),
+  # Its last two layers have windows.
+  'qwen2': transformers.Qwen2Config(
+    tie_word_embeddings=True,
+    rope_parameters=PLAIN,
+    use_sliding_window=True,
+    sliding_window=4,
+    max_window_layers=1,
+    **{k: v for k, v in LLAMA.items() if k != 'head_dim'}
+    | dict(hidden_size=24, num_hidden_layers=3, intermediate_size=20),
+  ),
+  'qwen3': transformers.Qwen3Config(
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-3,
+    rope_parameters=PLAIN,
+    **LLAMA,
+  ),
+  'gemma': transformers.GemmaConfig(
+    rms_norm_eps=1e-3,
+    rope_parameters=PLAIN,
+    **(LLAMA | dict(num_key_value_heads=1)),
+  ),
+  'gemma2': transformers.Gemma2Config(
+    rms_norm_eps=1e-3,
+    rope_parameters=PLAIN,
+    sliding_window=5,
+    query_pre_attn_scalar=3,
+    attn_logit_softcapping=1.5,
+    final_logit_softcapping=4.0,
+    **(LLAMA | dict(num_hidden_layers=3)),
+  ),
+  'gemma3': transformers.Gemma3TextConfig(
+    rms_norm_eps=1e-3,
+    rope_parameters=dict(
+      full_attention=dict(rope_type='linear', factor=4.0, rope_theta=1000.0),
+      sliding_attention=dict(rope_type='default', rope_theta=30.0),
+    ),
+    sliding_window=6,
+    query_pre_attn_scalar=10,
+    final_logit_softcapping=5.0,
+    layer_types=MIXED,
+    **(LLAMA | dict(num_hidden_layers=4, intermediate_size=18)),
   ),
 }
 
