@@ -291,7 +291,7 @@ def test_the_running_mean_of_bco_counts_all_rewards_so_far():
 def test_logged_rewards_are_of_the_first_preference_in_the_table():
   policy, ref = models()
   batch = batches.evaluation_plan(
-    data('pairs'), batch_size=13, row_length=64, multiple=1
+    data('pairs'), batch_size=13, row_length=64, multiple=1, window=None
   ).batch(0)
 
   def margin(text, **changes):
