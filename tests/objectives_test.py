@@ -24,7 +24,7 @@ from dpo_jax.models import transformer
 from tests import worlds
 
 # A soft cap of the logits that is felt: wherever it is forgotten, it shows.
-CONFIG = dataclasses.replace(worlds.LLAMA, logit_cap=0.5)
+CONFIG = dataclasses.replace(worlds.LLAMA, logit_cap=1.0)
 LONGEST = 24
 
 
