@@ -70,10 +70,9 @@ class TransformerConfig:
   positions: str  # 'rotary' (Llama) or 'learned' (GPT-2)
   max_positions: int  # rows of the learned table; rotary: trained length
   rope_theta: float  # rotary only
-  mlp: (
-    str  # 'swiglu' (Llama), 'geglu' (Gemma); 'gelu' is the tanh form, without
-  )
-  # a gate (GPT-2), 'gelu_exact' the other (Pythia)
+  # With a gate 'swiglu' (Llama), 'geglu' (Gemma); without one the tanh form
+  # 'gelu' (GPT-2) and 'gelu_exact' (Pythia).
+  mlp: str
   attention_bias: bool  # of q, k, v and, with out_bias, out
   mlp_bias: bool
   tied: bool  # the unembedding is the token embedding
