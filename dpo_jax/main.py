@@ -21,7 +21,6 @@ from absl import logging
 
 from dpo_jax import evaluators
 from dpo_jax import names
-from dpo_jax import objectives
 from dpo_jax import online
 from dpo_jax import runs
 from dpo_jax import sampling
@@ -29,6 +28,7 @@ from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import workdirs
+from dpo_jax.data import examples
 
 CONFIG = ml_collections.config_flags.DEFINE_config_file(
   'config', None, 'Config file, with arguments behind a colon.'
@@ -44,11 +44,8 @@ def prepare(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   model_config, _, tokenizer = runs.open_model(config.model, mesh=mesh)
   tokenizer = runs.templated(tokenizer, config.data.chat_template)
-  terms = runs.bind_losses(config.loss)
-  objectives.check_reference(terms, dict(config.reference))
+  terms = runs.bind_losses(config)
   groups, report = runs.load_groups(config.data, tokenizer, model_config, terms)
-  everything = [*groups['train'], *groups['test']]
-  runs.check_data(everything, terms, config.data.form)
   plan = train.training_plan(
     config, groups['train'], mesh, window=model_config.window
   )
@@ -73,7 +70,7 @@ def sample(config, workdir):
   samples = sampling.generate(
     model_config,
     params,
-    runs.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
+    examples.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
     key=runs.stream(config.seed, 'sample'),
     max_new_tokens=how.max_new_tokens,
     temperature=how.temperature,

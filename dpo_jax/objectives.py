@@ -204,7 +204,7 @@ def make_sums(
         memory=memory.get(term.name),
       )
       if partnered and not term.loss.mismatched:
-        reduced = scoring.first_responses(reduced, 1)
+        reduced = scoring.take_responses(reduced, slice(1))
       if term is of_rewards:
         rewarded = reduced
       losses_RG = batch['weight'] * table.values(term, reduced)

@@ -27,7 +27,6 @@ import tqdm
 from dpo_jax import constraints
 from dpo_jax import evaluators
 from dpo_jax import metrics
-from dpo_jax import objectives
 from dpo_jax import report
 from dpo_jax import rewards
 from dpo_jax import runs
@@ -36,6 +35,7 @@ from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import workdirs
+from dpo_jax.data import examples
 from dpo_jax.data import openings
 
 _CURVES = (
@@ -187,8 +187,7 @@ def check_train_config(config, *, max_new_tokens):
 
 def check_losses(config):
   """Refuses losses that the pairs of a round, which have no labels, lack."""
-  terms = runs.bind_losses(config.loss)
-  objectives.check_reference(terms, dict(config.reference))
+  terms = runs.bind_losses(config)
   if config.data.form != 'pairs':
     raise ValueError(
       f'train.data.form is {config.data.form!r}, but rounds write pairs; choose'
@@ -254,7 +253,9 @@ def write_pairs(
     samples = sampling.generate(
       model_config,
       params,
-      runs.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
+      examples.encode_prompts(
+        repeated, tokenizer, config.data.max_prompt_tokens
+      ),
       key=runs.stream(config.seed, 'rollout'),
       max_new_tokens=max_new_tokens,
       temperature=temperature,

@@ -80,9 +80,8 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   chunk = config.logps_chunk * sharding.row_shards(mesh)
 
   # ---------------------------------------------------------------- loss ----
-  terms = bind_losses(config.loss)
+  terms = bind_losses(config)
   mode = config.reference.mode
-  objectives.check_reference(terms, dict(config.reference))
 
   # --------------------------------------------------------------- model ----
   model_config, params, tokenizer = open_model(config.model, mesh=mesh)
@@ -95,7 +94,6 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   groups, report = load_groups(config.data, tokenizer, model_config, terms)
   tqdm.tqdm.write(report, file=sys.stderr)
   everything = [*groups['train'], *groups['test']]
-  check_data(everything, terms, config.data.form)
   groups['test'] = groups['test'][: config.eval.max_groups or None]
 
   def evaluation_plan(split):
@@ -246,9 +244,11 @@ def open_model(model, *, mesh):
   return config, copy(params), tokenizer
 
 
-def bind_losses(section):
-  """Reads a config's loss section: the terms of `table.bind`."""
-  return table.bind({name: dict(section[name]) for name in section})
+def bind_losses(config):
+  """Reads a config's losses and their reference: the terms of `table.bind`."""
+  terms = table.bind({name: dict(config.loss[name]) for name in config.loss})
+  objectives.check_reference(terms, dict(config.reference))
+  return terms
 
 
 def templated(tokenizer, path):
@@ -320,6 +320,7 @@ def load_groups(data, tokenizer, model_config, terms):
         )
     if groups[split] and any(term.loss.mismatched for term in terms):
       groups[split] = partners.mismatched(groups[split])
+  check_data([*groups['train'], *groups['test']], terms, form)
   return groups, '\n\n'.join(texts)
 
 
@@ -370,11 +371,6 @@ def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
   return list(prompts)[:number]
 
 
-def encode_prompts(texts, tokenizer, max_prompt_tokens):
-  """Tokenizes prompts to sample from exactly as `examples` does to train."""
-  return examples.encode_prompts(texts, tokenizer, max_prompt_tokens)
-
-
 def check_data(groups, terms, form):
   """Refuses data that a loss would ignore, and losses without their data."""
   if len({group.rewards is None for group in groups}) > 1:
@@ -386,11 +382,6 @@ def check_data(groups, terms, form):
   weighted = any(group.weight != 1.0 for group in groups)
   rewarded = any(group.rewards is not None for group in groups)
   heeding = [term for term in terms if 'p' in term.needs or term.soft]
-  if form == 'pairs' and labelled and not heeding:
-    raise ValueError(
-      f'the data has soft labels p, which loss {terms[0].name!r} ignores; set'
-      " its labels to 'soft', use loss 'soft', or leave p out"
-    )
   for term in terms:
     name, loss = term.name, term.loss
     if term.soft and not (form == 'pairs' and labelled):
@@ -398,7 +389,9 @@ def check_data(groups, terms, form):
         f"loss {name!r}: labels 'soft' would change nothing, because the data"
         " has no soft labels p of pairs; set labels to 'hard'"
       )
-    if form == 'pairs' and labelled and loss.preference and term not in heeding:
+    # One that looks at no preference may stand beside one that heeds p.
+    ignores = term not in heeding and (loss.preference or not heeding)
+    if form == 'pairs' and labelled and ignores:
       raise ValueError(
         f'the data has soft labels p, which loss {name!r} ignores; set its'
         " labels to 'soft', use loss 'soft', or leave p out"

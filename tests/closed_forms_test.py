@@ -17,11 +17,7 @@ from dpo_jax.losses import choices
 from dpo_jax.losses import scoring
 from dpo_jax.losses import table
 
-
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
+pytestmark = pytest.mark.usefixtures('float64')
 
 
 def sigmoid(z):

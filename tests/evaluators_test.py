@@ -1,18 +1,14 @@
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import attention
 from dpo_jax import evaluators
 from dpo_jax import rewards
 from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import tokenizers
-from dpo_jax.models import transformer
 from tests import worlds
 
 MESH = {'data': -1, 'fsdp': 1, 'tensor': 1}
@@ -40,23 +36,13 @@ def test_heldout_means_do_not_depend_on_the_batch_size():
     np.testing.assert_allclose(found[1][name], value, rtol=1e-5, err_msg=name)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def plain_log_probs(config, params, tokens):
-  positions = jnp.arange(tokens.shape[1])[None]
-  hidden = transformer.Transformer(config).apply(
-    {'params': params}, tokens, positions, 0 * positions, positions + 1
-  )
-  logits = hidden @ transformer.unembedding(params).T
-  return jax.nn.log_softmax(attention.soft_cap(logits, config.logit_cap))[0]
-
-
 def sequence_kl_by_hand(config, params, ref_params, group):
   """Sums full-vocabulary KLs over the response of one plain sequence."""
   sequence = np.concatenate([group.prompt, group.responses[0]])
   tokens = np.zeros((1, 16), np.int32)  # one shape; what is padded comes last
   tokens[0, : len(sequence)] = sequence
-  p = plain_log_probs(config, params, tokens)
-  q = plain_log_probs(config, ref_params, tokens)
+  p = worlds.plain_log_probs(config, params, tokens)
+  q = worlds.plain_log_probs(config, ref_params, tokens)
   kls = np.sum(np.exp(p) * (p - q), -1)
   return kls[len(group.prompt) - 1 : len(sequence) - 1].sum()
 

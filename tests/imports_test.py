@@ -1,7 +1,10 @@
 """The rooms of README's map, held by walking the imports."""
 
 import ast
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -114,6 +117,17 @@ def test_no_loss_is_named_outside_the_table():
             if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)
           }
           assert not compared & known - allowed, f'{path}:{node.lineno}'
+
+
+def test_importing_starts_no_device():
+  modules = [
+    str(path.relative_to(ROOT).with_suffix('')).replace('/', '.')
+    for path in FILES
+  ]
+  code = f'import {", ".join(modules)}, configs.common'
+  # A platform that does not exist: whatever asks for devices raises.
+  env = os.environ | {'JAX_PLATFORMS': 'nowhere', 'PYTHONPATH': str(ROOT)}
+  subprocess.run([sys.executable, '-c', code], env=env, check=True)
 
 
 def test_package_inits_are_empty():

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import attention
 from dpo_jax import evaluators
 from dpo_jax import objectives
 from dpo_jax import sharding
@@ -20,7 +19,6 @@ from dpo_jax.data import batches
 from dpo_jax.data import partners
 from dpo_jax.losses import scoring
 from dpo_jax.losses import table
-from dpo_jax.models import transformer
 from tests import worlds
 
 # A soft cap of the logits that is felt: wherever it is forgotten, it shows.
@@ -53,17 +51,6 @@ def data(form):
   return partners.mismatched(groups) if form == 'mismatched' else groups
 
 
-@jax.jit
-def plain_log_probs(params, tokens_T):
-  """All log-probabilities [T, V] of one plain sequence."""
-  positions = jnp.arange(LONGEST)[None]
-  hidden = transformer.Transformer(CONFIG).apply(
-    {'params': params}, tokens_T[None], positions, 0 * positions, positions + 1
-  )
-  logits = hidden @ transformer.unembedding(params).T
-  return jax.nn.log_softmax(attention.soft_cap(logits, CONFIG.logit_cap))[0]
-
-
 @functools.cache
 def tokens_by_hand(form):
   """Per response, per token: log pi, log pi_ref, KL, log sum p^2."""
@@ -76,7 +63,9 @@ def tokens_by_hand(form):
       padded[: len(sequence)] = sequence
       where = np.arange(len(group.prompt) - 1, len(sequence) - 1)
       logp, ref_logp = (
-        np.asarray(plain_log_probs(params, padded), np.float64)[where]
+        np.asarray(
+          worlds.plain_log_probs(CONFIG, params, padded[None]), np.float64
+        )[where]
         for params in (policy, ref)
       )
       at = (np.arange(len(response)), response)

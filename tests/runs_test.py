@@ -27,7 +27,7 @@ def test_prompts_to_sample_from_are_those_of_training():
 
   tokenizer = WithBos()
   texts = ['a long prompt', 'hi']
-  prompts = runs.encode_prompts(texts, tokenizer, 6)
+  prompts = examples.encode_prompts(texts, tokenizer, 6)
   rows = [
     {
       'id': '',

@@ -155,12 +155,11 @@ def test_a_batch_of_desirable_responses_alone_has_valid_metrics(tmp_path):
   config = worlds.debug_config(tmp_path, 'loss=kto')
   path = worlds.write_pairs(tmp_path)
   rows = [json.loads(line) for line in path.read_text().splitlines()]
-  path.write_text(
-    ''.join(
-      json.dumps({'prompt': r['prompt'], 'response': r['chosen'], 'label': 1})
-      + '\n'
-      for r in rows
-    )
+  worlds.write_rows(
+    tmp_path,
+    [
+      {'prompt': r['prompt'], 'response': r['chosen'], 'label': 1} for r in rows
+    ],
   )
   train.train(config, tmp_path / 'run')
   text = (tmp_path / 'run' / 'metrics.jsonl').read_text()

@@ -1,6 +1,7 @@
 """Tiny models and groups that several tests use."""
 
 import dataclasses
+import functools
 import json
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import preference
+from dpo_jax import attention
 from dpo_jax import objectives
 from dpo_jax import settings
 from dpo_jax.data import examples
@@ -79,6 +81,17 @@ def params_of(config, seed=0, *, size=0.1):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def plain_log_probs(config, params, tokens):
+  """All log-probabilities [T, V] of one plain sequence [1, T]."""
+  positions = jnp.arange(tokens.shape[1])[None]
+  hidden = transformer.Transformer(config).apply(
+    {'params': params}, tokens, positions, 0 * positions, positions + 1
+  )
+  logits = hidden @ transformer.unembedding(params).T
+  return jax.nn.log_softmax(attention.soft_cap(logits, config.logit_cap))[0]
+
+
 def make_sums(config, loss='dpo', *, reference='frozen', **more):
   """`objectives.make_sums` of losses written as behind the colon of a config.
 
@@ -125,9 +138,7 @@ def write_pairs(folder, number=40, **extra):
     )
     prompt = f'question {i}: '
     rows.append({'prompt': prompt, 'chosen': good, 'rejected': bad} | extra)
-  path = folder / 'pairs.jsonl'
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  return path
+  return write_rows(folder, rows)
 
 
 def write_rankings(folder, number=40):
@@ -143,6 +154,11 @@ def write_rankings(folder, number=40):
     }
     for i in range(number)
   ]
+  return write_rows(folder, rows)
+
+
+def write_rows(folder, rows):
+  """Writes the JSON Lines that `debug_config` reads; returns their path."""
   path = folder / 'pairs.jsonl'
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   return path

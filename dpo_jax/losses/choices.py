@@ -150,16 +150,18 @@ WEIGHTINGS = {'none': equal, 'wpo': wpo, 'wpo_clamped': wpo_clamped}
 LABELS = {'hard': False, 'soft': True}
 
 
+def keywords(function):
+  """Returns the keyword-only parameters of a function, its options."""
+  parameters = inspect.signature(function).parameters.values()
+  return [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
 def choose(table, kind, text):
   """Returns the function that 'name' or 'name:number' stands for."""
   name, colon, number = str(text).partition(':')
   function = names.look_up(table, kind, name)
-  keywords = [
-    parameter.name
-    for parameter in inspect.signature(function).parameters.values()
-    if parameter.kind is parameter.KEYWORD_ONLY
-  ]
-  if not keywords:
+  alone = keywords(function)
+  if not alone:
     if colon:
       raise ValueError(f'{kind} {name!r} takes no number; write {name!r}')
     return function
@@ -167,9 +169,9 @@ def choose(table, kind, text):
     value = float(number)
   except ValueError:
     raise ValueError(
-      f'{kind} {name!r} takes its {keywords[0]} as a number behind a colon,'
+      f'{kind} {name!r} takes its {alone[0].name} as a number behind a colon,'
       f" such as '{name}:0.5'; got {text!r}"
     ) from None
   if not 0.0 <= value <= 1.0:
-    raise ValueError(f'{kind} {text!r}: {keywords[0]} must lie in [0, 1]')
-  return functools.partial(function, **{keywords[0]: value})
+    raise ValueError(f'{kind} {text!r}: {alone[0].name} must lie in [0, 1]')
+  return functools.partial(function, **{alone[0].name: value})

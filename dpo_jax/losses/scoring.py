@@ -97,11 +97,11 @@ def soft_logistic(z, p):
   return -(p * jax.nn.log_sigmoid(z) + (1.0 - p) * jax.nn.log_sigmoid(-z))
 
 
-def first_responses(scores, number):
-  """The same scores of each group's first `number` responses alone."""
+def take_responses(scores, index):
+  """The same scores of each group's responses [..., index] alone."""
   return scores._replace(
     **{
-      field: value[..., :number]
+      field: value[..., index]
       for field, value in scores._asdict().items()
       if field in OF_RESPONSES and value is not None and jnp.ndim(value)
     }

@@ -6,7 +6,6 @@ place where a loss has a name.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -176,7 +175,7 @@ def options(name, **changes):
     'weighting': 'none',
     'labels': 'hard',  # see `choices.LABELS`
   }
-  for keyword in _keywords(loss.function).values():
+  for keyword in choices.keywords(loss.function):
     default = keyword.default
     if keyword.name == 'link':
       default = next(k for k, f in choices.LINKS.items() if f is default)
@@ -345,14 +344,13 @@ _RANGES = {
   'undesirable_weight': (0.0, _HUGE),
 }
 
-# Scores with everything, and more responses than anybody has.
+# Scores with everything, and more responses than anybody has. Shapes, not
+# arrays: importing this must not start JAX's devices.
 _ANY = scoring.Scores(
-  *[jnp.zeros((1, 99))] * 3,
-  p=jnp.ones(1),
-  mask=jnp.ones(1, bool),
+  p=jax.ShapeDtypeStruct((1,), jnp.float32),
+  mask=jax.ShapeDtypeStruct((1,), bool),
   **dict.fromkeys(
-    ('rewards', 'costs', 'kls', 'complements', 'confidences'),
-    jnp.zeros((1, 99)),
+    scoring.OF_RESPONSES, jax.ShapeDtypeStruct((1, 99), jnp.float32)
   ),
 )
 
@@ -361,11 +359,6 @@ def _nothing(scores, **keywords):
   """What a loss without a memory remembers."""
   del scores, keywords
   return {}
-
-
-def _keywords(function):
-  parameters = inspect.signature(function).parameters
-  return {k: v for k, v in parameters.items() if v.kind is v.KEYWORD_ONLY}
 
 
 def values(term, scores):
@@ -377,13 +370,7 @@ def values(term, scores):
         f"loss {term.name!r}: labels 'soft' are for pairs, not for"
         f' {scores.policy.shape[-1]} responses'
       )
-    flipped = scores._replace(
-      **{
-        field: value[..., ::-1] if jnp.ndim(value) else value
-        for field, value in scores._asdict().items()
-        if field in scoring.OF_RESPONSES and value is not None
-      }
-    )
+    flipped = scoring.take_responses(scores, slice(None, None, -1))
     out = scores.p * out + (1.0 - scores.p) * term.function(flipped)
   if term.weighting == 'none':
     return out
