@@ -23,6 +23,7 @@ RULES = (
   ('head_dim', None),
   ('mlp', 'tensor'),
   ('position', None),
+  ('rank', None),
 )
 # Activations keep D whole: 'embed' names a parameter dimension only.
 ACTIVATION_RULES = tuple(

@@ -18,6 +18,7 @@ Parameters (nested dict, layers stacked on a leading L axis):
   layers/mlp/{up,down}_bias   (mlp_bias)
   layers/post_norm1, post_norm2/...                     (post_norms)
   final_norm/scale [D]        unembed [V,D]             (not tied)
+A second variable collection may hold adapters: see `models/lora`.
 """
 
 import dataclasses
@@ -28,19 +29,10 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import attention
+from dpo_jax.models import rotary
 
 NORMS = ('rms', 'layer')
 POSITIONS = ('rotary', 'learned')
-ROPE_SCALINGS = {  # and the fields that each needs
-  'none': (),
-  'linear': ('rope_factor',),
-  'llama3': (
-    'rope_factor',
-    'rope_low_freq_factor',
-    'rope_high_freq_factor',
-    'rope_original_positions',
-  ),
-}
 _gelu_tanh = functools.partial(nn.gelu, approximate=True)
 _gelu_exact = functools.partial(nn.gelu, approximate=False)
 # The activation of the gate, or of the only matrix up.
@@ -104,7 +96,7 @@ class TransformerConfig:
       ('positions', POSITIONS),
       ('mlp', MLPS),
       ('remat', REMATS),
-      ('rope_scaling', tuple(ROPE_SCALINGS)),
+      ('rope_scaling', tuple(rotary.SCALINGS)),
     ]:
       if getattr(self, name) not in legal:
         raise ValueError(
@@ -133,12 +125,12 @@ class TransformerConfig:
         ' needs an even number'
       )
     scaled = [
-      f for f in ROPE_SCALINGS['llama3'] if getattr(self, f) is not None
+      f for f in rotary.SCALINGS['llama3'] if getattr(self, f) is not None
     ]
-    if set(scaled) != set(ROPE_SCALINGS[self.rope_scaling]):
+    if set(scaled) != set(rotary.SCALINGS[self.rope_scaling]):
       raise ValueError(
         f'rope_scaling {self.rope_scaling!r} needs'
-        f' {", ".join(ROPE_SCALINGS[self.rope_scaling]) or "no numbers"}, got'
+        f' {", ".join(rotary.SCALINGS[self.rope_scaling]) or "no numbers"}, got'
         f' {", ".join(scaled) or "none"}'
       )
     if self.num_heads % self.num_kv_heads:
@@ -163,47 +155,19 @@ _weight = functools.partial(_declare, nn.initializers.normal(0.02))
 _bias = functools.partial(_declare, nn.initializers.zeros)
 
 
-def rotary_frequencies(config, *, local):
-  """Returns radians per position, float32 [half of what is rotated].
+def _linear(module, name, x, ins, outs):
+  """x [..., *ins] times the weight [*ins, *outs], plus its adapter's product.
 
-  `local` are those of windowed layers, which Gemma 3 does not scale.
+  `ins` and `outs` map logical axes to sizes. The adapter, where the module was
+  given one, is a pair of `models/lora`.
   """
-  cfg = config
-  size = cfg.rotated
-  own = local and cfg.local_rope_theta is not None
-  theta = cfg.local_rope_theta if own else cfg.rope_theta
-  frequencies = theta ** (-jnp.arange(0, size, 2) / size)
-  if cfg.rope_scaling == 'none' or own:
-    return frequencies
-  slow = frequencies / cfg.rope_factor
-  if cfg.rope_scaling == 'linear':
-    return slow
-  # Llama 3.1: what turns often within the original context stays, what turns
-  # rarely is slowed down, and between the two it is interpolated.
-  turns = cfg.rope_original_positions * frequencies / (2 * jnp.pi)
-  low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-  kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-  return (1 - kept) * slow + kept * frequencies
-
-
-def rotary_tables(positions_BT, frequencies):
-  """Returns float32 (cos, sin), each [B, T, 1, frequencies]."""
-  angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH, cos, sin):
-  """Rotary position embedding, half-split form (arXiv:2104.09864).
-
-  The dimensions of a head that the tables do not cover stay as they are.
-  """
-  size = cos.shape[-1]
-  x = x_BTNH.astype(jnp.float32)
-  first, second = x[..., :size], x[..., size : 2 * size]
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate([*rotated, x[..., 2 * size :]], axis=-1).astype(
-    x_BTNH.dtype
-  )
+  shape, axes = (*ins.values(), *outs.values()), (*ins, *outs)
+  y = jnp.tensordot(x, _weight(module, name, shape, axes), len(ins))
+  if module.has_variable('lora', name):
+    pair = module.get_variable('lora', name)
+    a, b = (pair[part].astype(module.config.dtype) for part in 'ab')
+    y += jnp.tensordot(jnp.tensordot(x, a, len(ins)), b, 1)
+  return y
 
 
 class Norm(nn.Module):
@@ -243,8 +207,7 @@ class Attention(nn.Module):
     N, K = cfg.num_heads, cfg.num_kv_heads
 
     def project(name, heads, axis):
-      w = _weight(self, name, (D, heads, H), ('embed', axis, 'head_dim'))
-      y = jnp.einsum('BTD,DNH->BTNH', x_BTD, w)
+      y = _linear(self, name, x_BTD, {'embed': D}, {axis: heads, 'head_dim': H})
       if cfg.attention_bias:
         y += _bias(self, f'{name}_bias', (heads, H), (axis, 'head_dim'))
       return y
@@ -256,8 +219,8 @@ class Attention(nn.Module):
       query_BTNH = Norm(cfg, 'head_dim', name='q_norm')(query_BTNH)
       key_BTKH = Norm(cfg, 'head_dim', name='k_norm')(key_BTKH)
     if rope is not None:
-      query_BTNH = rotate(query_BTNH, *rope)
-      key_BTKH = rotate(key_BTKH, *rope)
+      query_BTNH = rotary.rotate(query_BTNH, *rope)
+      key_BTKH = rotary.rotate(key_BTKH, *rope)
     if cache is None:
       keys, values = key_BTKH, value_BTKH
     else:
@@ -275,8 +238,9 @@ class Attention(nn.Module):
     if cfg.remat == 'attention':
       attend = jax.checkpoint(attend, prevent_cse=False)
     out_BTNH = attend(query_BTNH, keys, values, lo_BT, hi_BT)
-    w = _weight(self, 'out', (N, H, D), ('heads', 'head_dim', 'embed'))
-    out_BTD = jnp.einsum('BTNH,NHD->BTD', out_BTNH, w)
+    out_BTD = _linear(
+      self, 'out', out_BTNH, {'heads': N, 'head_dim': H}, {'embed': D}
+    )
     if cfg.attention_bias and cfg.out_bias:
       out_BTD += _bias(self, 'out_bias', (D,), ('embed',))
     return out_BTD, cache
@@ -291,15 +255,15 @@ class Mlp(nn.Module):
   def __call__(self, x_BTD):
     cfg = self.config
     D, F = cfg.d_model, cfg.d_ff
-    up_BTF = x_BTD @ _weight(self, 'up', (D, F), ('embed', 'mlp'))
+    up_BTF = _linear(self, 'up', x_BTD, {'embed': D}, {'mlp': F})
     if cfg.mlp_bias:
       up_BTF += _bias(self, 'up_bias', (F,), ('mlp',))
     if cfg.mlp in GATED_MLPS:
-      gate_BTF = x_BTD @ _weight(self, 'gate', (D, F), ('embed', 'mlp'))
+      gate_BTF = _linear(self, 'gate', x_BTD, {'embed': D}, {'mlp': F})
       hidden_BTF = GATED_MLPS[cfg.mlp](gate_BTF) * up_BTF
     else:
       hidden_BTF = PLAIN_MLPS[cfg.mlp](up_BTF)
-    out_BTD = hidden_BTF @ _weight(self, 'down', (F, D), ('mlp', 'embed'))
+    out_BTD = _linear(self, 'down', hidden_BTF, {'mlp': F}, {'embed': D})
     if cfg.mlp_bias:
       out_BTD += _bias(self, 'down_bias', (D,), ('embed',))
     return out_BTD
@@ -392,7 +356,7 @@ class Transformer(nn.Module):
     ropes, los, windowed = (None, None), (lo_BT, lo_BT), None
     if cfg.positions == 'rotary':
       ropes = [
-        rotary_tables(positions_BT, rotary_frequencies(cfg, local=local))
+        rotary.tables(positions_BT, rotary.frequencies(cfg, local=local))
         for local in (False, True)
       ]
     if cfg.window is not None:
@@ -406,7 +370,7 @@ class Transformer(nn.Module):
       block = nn.remat(Block, prevent_cse=False)
     layers = nn.scan(
       block,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, 'lora': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
       length=cfg.num_layers,
