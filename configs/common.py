@@ -47,7 +47,19 @@ REFERENCE = {
   # TR-DPO: every so many steps the reference becomes alpha policy + (1 -
   # alpha) reference; alpha 1 is its hard update.
   'ema': dict(mode='ema', alpha=0.6, every=512),
+  'adapter_off': dict(mode='adapter_off'),  # an adapter's model without it
   'none': dict(mode='none'),
+}
+
+ADAPTERS = {
+  'none': dict(kind='none'),  # all weights are trained
+  'lora': dict(
+    kind='lora',
+    targets='.*',  # regular expression of names of models/lora.INPUTS
+    rank=16,
+    alpha=32.0,  # the adapter counts alpha / rank times
+    init='a_zero',  # the factor that is zero at first: a_zero | b_zero
+  ),
 }
 
 
@@ -80,13 +92,15 @@ def training(arg):
   """The config of one training run.
 
   Args:
-    arg: dict of `parse` with data, loss, reference, model, optim and debug.
+    arg: dict of `parse` with data, loss, reference, model, adapter, optim and
+      debug.
   """
   loss = table.section(arg['loss'])
   reference = arg['reference']
   if reference == 'auto':
     needed = any(table.get(name).reference for name in loss)
-    reference = 'frozen' if needed else 'none'
+    own = 'frozen' if arg['adapter'] == 'none' else 'adapter_off'
+    reference = own if needed else 'none'
   config = ml_collections.ConfigDict()
   config.seed = 0  # of the data order and of sampling
   config.num_steps = 0  # updates; 0: as many as `epochs` needs
@@ -104,6 +118,8 @@ def training(arg):
   config.model.dtype = 'auto'  # auto: float32 on CPU, bfloat16 elsewhere
   config.model.remat = 'attention'  # none | attention | full
   config.model.scan_unroll = 1  # layers per iteration of the layer loop
+
+  config.adapter = pick(ADAPTERS, 'adapter', arg['adapter'])
 
   config.data = pick(DATA, 'data set', arg['data'])
   config.data.source = 'official'  # or a local folder or file

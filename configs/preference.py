@@ -7,7 +7,9 @@ Arguments behind the colon, with what they may be:
   data: hh, tldr, jsonl        loss: a name of docs/losses.md, or a sum of
                                them, such as dpo+sft
   model: common.MODELS         optim: rmsprop (the DPO paper's), adamw
-  reference: frozen, cached, ema, none; auto: frozen if the loss has one
+  adapter: none, lora
+  reference: frozen, cached, ema, adapter_off, none; auto: frozen, or with an
+    adapter adapter_off, if the loss has one
   debug: two steps of a tiny random model, seconds on a CPU
 """
 
@@ -21,6 +23,7 @@ def get_config(arg=''):
       data='hh',
       loss='dpo',
       model='smollm2-135m',
+      adapter='none',
       reference='auto',
       optim='rmsprop',
       debug=False,

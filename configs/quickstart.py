@@ -35,6 +35,7 @@ def get_config(arg=''):
       data='jsonl',
       loss='dpo',
       model='smollm2-135m',
+      adapter='none',
       reference='frozen' if arg['debug'] else 'cached',
       optim='adamw',
       debug=arg['debug'],

@@ -17,6 +17,7 @@ def get_config(arg=''):
       data='hh',
       loss='sft',
       model='smollm2-135m',
+      adapter='none',
       reference='auto',
       optim='adamw',
       debug=False,

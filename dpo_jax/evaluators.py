@@ -1,6 +1,7 @@
 """Measurements of a policy: held-out groups, and what it writes.
 
-An evaluator is a function params -> {'name': number}; `train` calls it on a
+An evaluator is a function variables -> {'name': number}, where variables are
+parameters and perhaps an adapter (`lora.variables`); `train` calls it on a
 schedule and `main` on a finished run.
 """
 
@@ -35,18 +36,18 @@ def make_heldout(sums, plan, mesh, *, ref_values):
     mesh: devices.
     ref_values: cached reference log-probs of `plan.groups`, or None.
 
-  The evaluator takes (params, ref_params, memory) and adds
+  The evaluator takes (variables, ref_variables, memory) and adds
   `rewards/accuracy_se`, the binomial standard error, to the means. What is of a
   whole batch (AOT's ranks, Dr. DPO's mean, KTO's KL, BCO's shift, the reduction
   'batch_mean') is that of evaluation batches.
   """
   step = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
-  def evaluate(params, ref_params, memory):
+  def evaluate(variables, ref_variables, memory):
     totals = {}
     for number in _progress(plan.num_steps, 'held-out groups'):
       batch = put_batch(plan, number, mesh, ref_values=ref_values)
-      here, _ = jax.device_get(step(params, ref_params, batch, memory))
+      here, _ = jax.device_get(step(variables, ref_variables, batch, memory))
       for name, pair in here.items():
         totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
     out = means(totals)
@@ -77,7 +78,7 @@ def put_batch(plan, step, mesh, *, ref_values=None):
 
 
 def make_sequence_kl(model_config, mesh, *, chunk):
-  """Returns (params, ref_params, plan) -> KL per group of the plan, nats.
+  """Returns (variables, ref_variables, plan) -> KL per group of the plan, nats.
 
   Groups hold one sampled response each. The KL of a group is the sum over its
   tokens of the full-vocabulary KL(policy || reference): on samples of the
@@ -86,10 +87,10 @@ def make_sequence_kl(model_config, mesh, *, chunk):
   """
   scored = objectives.make_scored(model_config)
 
-  def kl_of_groups(params, ref_params, batch):
+  def kl_of_groups(variables, ref_variables, batch):
     kls_RS = logps.token_kls(
-      *scored(params, batch),
-      *scored(ref_params, batch),
+      *scored(variables, batch),
+      *scored(ref_variables, batch),
       chunk=chunk,
       cap=model_config.logit_cap,
     )
@@ -98,11 +99,11 @@ def make_sequence_kl(model_config, mesh, *, chunk):
 
   step = jax.jit(kl_of_groups, out_shardings=sharding.replicated(mesh))
 
-  def sequence_kl(params, ref_params, plan):
+  def sequence_kl(variables, ref_variables, plan):
     out = np.zeros(len(plan.groups))
     for number in _progress(plan.num_steps, 'KL of samples'):
       batch = put_batch(plan, number, mesh)
-      kls_RG = np.asarray(step(params, ref_params, batch))
+      kls_RG = np.asarray(step(variables, ref_variables, batch))
       groups_RG = plan.batch(number)['group']
       out[groups_RG[groups_RG >= 0]] = kls_RG[groups_RG >= 0]
     return out
@@ -157,7 +158,7 @@ def make_samples(
     reward: name of a reward, or 'none'.
     cost: name of a constraint score, or 'none'.
 
-  The evaluator maps (params, ref_params) to (values, records): means
+  The evaluator maps (variables, ref_variables) to (values, records): means
   over samples with standard errors over prompts, and every text.
   """
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
@@ -167,11 +168,11 @@ def make_samples(
   sequence_kl = make_sequence_kl(model_config, mesh, chunk=chunk)
   longest = max(map(len, prompts))
 
-  def evaluate(params, ref_params):
+  def evaluate(variables, ref_variables):
     with tqdm.tqdm(total=len(repeated), desc='samples', leave=False) as bar:
       samples = sampling.generate(
         model_config,
-        params,
+        variables,
         repeated,
         key=key,
         max_new_tokens=max_new_tokens,
@@ -195,7 +196,7 @@ def make_samples(
         batch_rows=batch_size,
         multiple=sharding.row_shards(mesh),
       )
-      columns['kl'] = sequence_kl(params, ref_params, plan)
+      columns['kl'] = sequence_kl(variables, ref_variables, plan)
     texts = response_texts(samples, tokenizer)
     prompt_texts = [
       tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :], start=True)

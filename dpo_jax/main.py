@@ -58,18 +58,16 @@ def sample(config, workdir):
     raise ValueError("sample continues a text; give one with --prompt='...'")
   mesh = sharding.make_mesh(**config.mesh)
   if workdir:
-    workdirs.check_same(workdir, config, ('model',))
-  model_config, params, tokenizer = runs.open_model(config.model, mesh=mesh)
-  if workdir:
-    _, items = workdirs.restore_newest(workdir, {'params': params})
-    params = items['params']
+    workdirs.check_same(workdir, config, ('model', 'adapter'))
+  policy = runs.open_policy(config, mesh, workdir=workdir or '')
+  tokenizer = policy.tokenizer
   how = config.eval.samples
   repeated = [
     text for text in PROMPT.value for _ in range(how.samples_per_prompt)
   ]
   samples = sampling.generate(
-    model_config,
-    params,
+    policy.config,
+    policy.variables(policy.trained),
     examples.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
     key=runs.stream(config.seed, 'sample'),
     max_new_tokens=how.max_new_tokens,
@@ -90,9 +88,9 @@ def evaluate(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
     run = runs.set_up(config, mesh, splits=('test',))
-    items, step = {'params': run.params}, 0
+    items, step = {'params': run.policy.trained}, 0
     if config.reference.mode == 'ema':
-      items['ref'] = run.params
+      items['ref'] = run.policy.trained
     if run.first_memory:
       items['memory'] = run.first_memory
     if workdir:

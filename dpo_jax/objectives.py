@@ -21,40 +21,42 @@ REFERENCES = {
   'frozen': (),  # a second copy of the weights
   'cached': ('cache_dir',),  # log-probs computed once
   'ema': ('alpha', 'every'),  # a copy that follows the policy: TR-DPO
+  'adapter_off': (),  # the weights that an adapter is put on
   'none': (),
 }
 
 
 def make_scored(model_config):
-  """Returns (params, batch) -> (hidden [R, S, D], unembedding [V, D]).
+  """Returns (variables, batch) -> (hidden [R, S, D], unembedding [V, D]).
 
   Hidden states that predict the scored tokens; padding entries hold slot 0's.
+  `variables` are of `lora.variables`: parameters and perhaps an adapter.
   """
   model = transformer.Transformer(model_config)
 
-  def scored(params, batch):
+  def scored(variables, batch):
     hidden_RTD = model.apply(
-      {'params': params},
+      variables,
       batch['tokens'],
       batch['positions'],
       batch['lo'],
       batch['hi'],
     )
     hidden_RSD = logps.gather_scored(hidden_RTD, batch['source'])
-    return hidden_RSD, transformer.unembedding(params)
+    return hidden_RSD, transformer.unembedding(variables['params'])
 
   return scored
 
 
 def make_token_logps(model_config, *, chunk):
-  """Returns (params, batch) -> float32 log-probs of scored tokens [R, S].
+  """Returns (variables, batch) -> float32 log-probs of scored tokens [R, S].
 
   Padding entries (`batch['slot']` is -1) hold numbers without a meaning.
   """
   scored = make_scored(model_config)
 
-  def token_logps(params, batch):
-    hidden_RSD, unembed_VD = scored(params, batch)
+  def token_logps(variables, batch):
+    hidden_RSD, unembed_VD = scored(variables, batch)
     return logps.token_logps(
       hidden_RSD, unembed_VD, batch['target'], chunk, cap=model_config.logit_cap
     )
@@ -86,7 +88,7 @@ def check_reference(terms, reference):
   if needy and mode == 'none':
     raise ValueError(
       f'loss {needy[0]!r} needs a reference; choose reference=frozen,'
-      ' reference=cached or reference=ema behind the colon of --config'
+      ' reference=cached or another behind the colon of --config'
     )
   if not needy and mode != 'none':
     raise ValueError(
@@ -109,7 +111,7 @@ def first_memory(terms):
 def make_sums(
   model_config, terms, *, chunk, reference, responses, form, rewards
 ):
-  """Returns (params, ref_params, batch, memory) -> (totals, memory).
+  """Returns (variables, ref_variables, batch, memory) -> (totals, memory).
 
   totals is {name: (sum over real groups, count to divide by)}; `loss` is the
   weighted sum of the terms. Logged rewards are those of `table.of_rewards`: its
@@ -120,9 +122,8 @@ def make_sums(
     model_config: of policy and reference.
     terms: of `table.bind`.
     chunk: see `logps.token_logps`.
-    reference: 'frozen' and 'ema' compute reference log-probs from
-      `ref_params`; 'cached' reads `batch['ref_token_logps']` [R, S]; 'none' is
-      zero.
+    reference: of `REFERENCES`; 'cached' reads `batch['ref_token_logps']`
+      [R, S], 'none' is zero, the others compute from `ref_variables`.
     responses: K.
     form: of the data, which decides what is logged.
     rewards: whether the data has rewards.
@@ -134,7 +135,7 @@ def make_sums(
   of_rewards = table.of_rewards(terms)
   weighted = any(term.weighting != 'none' for term in terms)
 
-  def sums(params, ref_params, batch, memory):
+  def sums(variables, ref_variables, batch, memory):
     slot_RS, mask_RG = batch['slot'], batch['mask']
     R, G = mask_RG.shape
 
@@ -147,7 +148,7 @@ def make_sums(
       return jnp.take_along_axis(values_RQ, jnp.maximum(slot_RS, 0), axis=1)
 
     # ------------------------------------------- log-probs of all tokens ----
-    hidden, target_RS = scored(params, batch), batch['target']
+    hidden, target_RS = scored(variables, batch), batch['target']
     if weighted:
       policy_RS, collisions_RS = logps.token_logps_and_collisions(
         *hidden, target_RS, chunk, cap=cap
@@ -155,11 +156,11 @@ def make_sums(
     else:
       policy_RS = logps.token_logps(*hidden, target_RS, chunk, cap=cap)
     ref_RS = jnp.zeros_like(policy_RS)
-    if reference in ('frozen', 'ema'):
-      ref_hidden = jax.lax.stop_gradient(scored(ref_params, batch))
-      ref_RS = logps.token_logps(*ref_hidden, target_RS, chunk, cap=cap)
-    elif reference == 'cached':
+    if reference == 'cached':
       ref_RS = batch['ref_token_logps']
+    elif reference != 'none':
+      ref_hidden = jax.lax.stop_gradient(scored(ref_variables, batch))
+      ref_RS = logps.token_logps(*ref_hidden, target_RS, chunk, cap=cap)
 
     # --------------------------------------------------- scores of groups ----
     # Padding groups have no tokens: length 1 keeps divisions finite.

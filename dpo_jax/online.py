@@ -244,15 +244,13 @@ def write_pairs(
   times cost where there is a `cost`.
   """
   mesh = sharding.make_mesh(**config.mesh)
-  model_config, params, tokenizer = runs.open_model(config.model, mesh=mesh)
-  if config.init:
-    _, items = workdirs.restore_newest(config.init, {'params': params})
-    params = items['params']
+  policy = runs.open_policy(config, mesh)
+  tokenizer = policy.tokenizer
   repeated = [text for text in prompts for _ in range(samples_per_prompt)]
   with tqdm.tqdm(total=len(repeated), desc='sample') as progress:
     samples = sampling.generate(
-      model_config,
-      params,
+      policy.config,
+      policy.variables(policy.trained),
       examples.encode_prompts(
         repeated, tokenizer, config.data.max_prompt_tokens
       ),

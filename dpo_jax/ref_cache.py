@@ -26,10 +26,10 @@ VERSION = 1
 _NEUTRAL = ('remat', 'scan_unroll', 'max_positions')
 
 
-def params_digest(params):
+def weights_digest(variables):
   """sha256 over names, shapes, dtypes and bytes of all arrays."""
   digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     array = np.ascontiguousarray(leaf)
     name = f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'
     digest.update(name.encode())
@@ -54,7 +54,7 @@ def data_digest(groups):
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def key(params, model_config, groups):
+def key(variables, model_config, groups):
   """Returns the cache key and the dict of what it was made of."""
   config = dataclasses.asdict(model_config)
   for name in _NEUTRAL:
@@ -62,7 +62,7 @@ def key(params, model_config, groups):
   made_of = {
     'version': VERSION,
     'backend': jax.default_backend(),
-    'weights': params_digest(params),
+    'weights': weights_digest(variables),
     'model': config,
     'tokens': groups_digest(groups),
   }
@@ -70,12 +70,12 @@ def key(params, model_config, groups):
   return hashlib.sha256(text.encode()).hexdigest()[:24], made_of
 
 
-def compute(token_logps, params, plan, mesh, *, name):
+def compute(token_logps, variables, plan, mesh, *, name):
   """Runs the reference over every group of `plan`: float32 [scored tokens].
 
   Args:
     token_logps: of `objectives.make_token_logps`.
-    params: reference weights.
+    variables: reference weights.
     plan: an evaluation plan over the whole data set.
     mesh: devices.
     name: shown by the progress bar.
@@ -85,24 +85,24 @@ def compute(token_logps, params, plan, mesh, *, name):
   values = np.zeros(starts[-1], np.float32)
   for step in tqdm.trange(plan.num_steps, desc=f'reference log-probs, {name}'):
     batch = plan.batch(step)
-    laid_out = forward(params, sharding.put_rows(batch, mesh))
+    laid_out = forward(variables, sharding.put_rows(batch, mesh))
     batches.collect(np.asarray(laid_out), starts, batch, values)
   return values
 
 
 def load_or_compute(
-  directory, token_logps, params, model_config, plan, mesh, *, name
+  directory, token_logps, variables, model_config, plan, mesh, *, name
 ):
   """Returns per-token reference log-probs of `plan.groups`, from disk if there.
 
   The array is written to a temporary name and moved, so a killed run leaves no
   broken cache; the .json beside it is for people.
   """
-  digest, made_of = key(params, model_config, plan.groups)
+  digest, made_of = key(variables, model_config, plan.groups)
   path = os.path.join(directory, f'{digest}.npy')
   if os.path.exists(path):
     return np.load(path)
-  values = compute(token_logps, params, plan, mesh, name=name)
+  values = compute(token_logps, variables, plan, mesh, name=name)
   os.makedirs(directory, exist_ok=True)
   temporary = f'{path}.{os.getpid()}.tmp'
   with open(os.path.join(directory, f'{digest}.json'), 'w') as f:

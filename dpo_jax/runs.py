@@ -28,6 +28,7 @@ from dpo_jax.data import examples
 from dpo_jax.data import partners
 from dpo_jax.data import tokenizers
 from dpo_jax.losses import table
+from dpo_jax.models import lora
 from dpo_jax.models import presets
 from dpo_jax.models import transformer
 
@@ -42,25 +43,48 @@ PACKAGES = {
 }
 
 
+# Kind -> the other keys of a config's adapter section.
+ADAPTERS = {'none': (), 'lora': ('targets', 'rank', 'alpha', 'init')}
+
+
 @dataclasses.dataclass
 class Run:
   """The parts that training and evaluating a config share.
 
-  sums: of `objectives.make_sums`. params: the initial parameters, placed.
-  ref_params: a copy of them where something needs one (a frozen reference, the
-  KL of samples), else None. first_memory: of `objectives.first_memory`, placed.
-  groups, ref_values: of each split. window: of the model, or None. evaluate:
-  (params, moving reference or None, memory) -> (values, sample records).
+  policy: of `open_policy`. sums: of `objectives.make_sums`. ref: what its
+  `trained` was at the start, where something needs it (a frozen reference, the
+  KL of samples), else None; an adapter that is off is None too. first_memory:
+  of `objectives.first_memory`, placed. groups, ref_values: of each split.
+  evaluate: (trained, moving reference or None, memory) -> (values, sample
+  records).
   """
 
+  policy: 'Policy'
   sums: Callable
-  params: Any
-  ref_params: Any
+  ref: Any
   first_memory: dict
   groups: dict
   ref_values: dict
-  window: int | None
   evaluate: Callable
+
+
+@dataclasses.dataclass
+class Policy:
+  """A model, and what of it is trained.
+
+  trained: its parameters, or the adapter on `base`, placed. base: parameters
+  that stay as they are under an adapter, else None. scale: of the adapter.
+  """
+
+  config: transformer.TransformerConfig
+  tokenizer: Any
+  trained: Any
+  base: Any
+  scale: float
+
+  def variables(self, trained):
+    """Returns what the model takes; None is the model without an adapter."""
+    return lora.variables(self.base, trained, self.scale)
 
 
 def set_up(config, mesh, *, splits=('train', 'test')):
@@ -84,11 +108,10 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   mode = config.reference.mode
 
   # --------------------------------------------------------------- model ----
-  model_config, params, tokenizer = open_model(config.model, mesh=mesh)
-  tokenizer = templated(tokenizer, config.data.chat_template)
-  if config.init:
-    _, items = workdirs.restore_newest(config.init, {'params': params})
-    params = items['params']
+  policy = open_policy(config, mesh)
+  model_config = policy.config
+  tokenizer = templated(policy.tokenizer, config.data.chat_template)
+  check_adapter(policy, dict(config.reference))
 
   # ---------------------------------------------------------------- data ----
   groups, report = load_groups(config.data, tokenizer, model_config, terms)
@@ -115,16 +138,15 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         ref_values[split] = ref_cache.load_or_compute(
           cache_dir,
           token_logps,
-          params,
+          policy.variables(start(policy)),
           model_config,
           evaluation_plan(split),
           mesh,
           name=split,
         )
-  # A copy, because the step donates the policy's buffers.
-  ref_params = None
+  ref = None
   if mode == 'frozen' or config.eval.samples.num_prompts:
-    ref_params = jax.tree.map(jnp.copy, params)
+    ref = _copied(start(policy), model_config.dtype)
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(
@@ -163,25 +185,25 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       **how,
     )
 
-  def evaluate(params, ref, memory):
+  def evaluate(trained, moving, memory):
+    now, began = policy.variables(trained), policy.variables(ref)
     values, samples = {}, []
     if evaluate_heldout:
-      against = ref_params if ref is None else ref
-      results = evaluate_heldout(params, against, memory)
+      against = began if moving is None else policy.variables(moving)
+      results = evaluate_heldout(now, against, memory)
       values |= {f'heldout/{name}': x for name, x in results.items()}
     if evaluate_samples:  # their KL is to where training began
-      results, samples = evaluate_samples(params, ref_params)
+      results, samples = evaluate_samples(now, began)
       values |= {f'samples/{name}': x for name, x in results.items()}
     return values, samples
 
   return Run(
+    policy=policy,
     sums=sums,
-    params=params,
-    ref_params=ref_params,
+    ref=ref,
     first_memory=first_memory,
     groups=groups,
     ref_values=ref_values,
-    window=model_config.window,
     evaluate=evaluate,
   )
 
@@ -242,6 +264,93 @@ def open_model(model, *, mesh):
     lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings
   )
   return config, copy(params), tokenizer
+
+
+def open_policy(config, mesh, *, workdir=''):
+  """Opens the model with its adapter, if any: as it is in `workdir`, else new
+  or as `config.init` says.
+  """
+  adapter = dict(config.adapter)
+  kind = adapter.pop('kind')
+  keys = names.look_up(ADAPTERS, 'adapter.kind', kind)
+  if set(adapter) != set(keys):
+    raise ValueError(
+      f'adapter.kind {kind!r} takes {", ".join(keys) or "no other key"}, got'
+      f' {sorted(adapter)}; choose it behind the colon of --config'
+      f' (adapter={kind}), which brings its keys'
+    )
+  model_config, params, tokenizer = open_model(config.model, mesh=mesh)
+  base, trained, scale = None, params, 1.0
+  if kind == 'lora':
+    how = lora.Lora(**adapter)
+    base, scale = transformer.cast(params, model_config.dtype), how.scale
+    key = stream(config.seed, 'adapter')
+    boxed = lora.init_adapter(model_config, how, key)
+    shardings = sharding.parameter_shardings(boxed, mesh)
+    trained = jax.device_put(nn.unbox(boxed), shardings)
+  saved = workdir or config.init
+  if saved:
+    check_kin(saved, config)
+    _, items = workdirs.restore_newest(saved, {'params': trained})
+    trained = items['params']
+  return Policy(model_config, tokenizer, trained, base, scale)
+
+
+def check_kin(workdir, config):
+  """Refuses to begin with what another run trained if it was something else."""
+  before = workdirs.read_config(workdir)
+  old, new = before.get('adapter', {'kind': 'none'}), config.adapter.as_dict()
+  if old != new:
+    raise ValueError(
+      f'{workdir!r} was trained with adapter {old}, this run has {new}; give it'
+      ' the same, or write the other model with `dpo-jax convert` and set'
+      ' model.source to it'
+    )
+  sources = before.get('model', {}).get('source'), config.model.source
+  if new['kind'] != 'none' and sources[0] != sources[1]:
+    raise ValueError(
+      f'the adapter in {workdir!r} was trained on {sources[0]!r}; set'
+      f' model.source to it, not to {sources[1]!r}'
+    )
+
+
+def _copied(tree, dtype):
+  """Copies weights in the dtype they are used in; the step donates its own."""
+  return jax.jit(
+    lambda tree: transformer.cast(jax.tree.map(jnp.copy, tree), dtype)
+  )(tree)
+
+
+def start(policy):
+  """Returns what was trained before the first step, for `variables`.
+
+  An adapter that changes nothing is as good as none, and saves its work.
+  """
+  if policy.base is not None and lora.neutral(policy.trained):
+    return None
+  return policy.trained
+
+
+def check_adapter(policy, reference):
+  """Refuses a reference that an adapter, or its absence, makes another."""
+  if policy.base is None:
+    if reference['mode'] == 'adapter_off':
+      raise ValueError(
+        'reference.mode is adapter_off, but all weights are trained; choose'
+        ' reference=frozen, or adapter=lora, behind the colon of --config'
+      )
+  elif reference['mode'] == 'adapter_off' and start(policy) is not None:
+    raise ValueError(
+      'reference.mode is adapter_off, but the adapter that training begins with'
+      ' already changes the model, so the reference would not be the policy it'
+      ' begins with; choose reference=frozen or reference=cached behind the'
+      ' colon of --config'
+    )
+  elif reference['mode'] == 'ema' and reference['alpha'] != 1.0:
+    raise ValueError(
+      'a mean of the factors of two adapters is not the adapter of the mean'
+      ' weights; set reference.alpha to 1, the hard update'
+    )
 
 
 def bind_losses(config):

@@ -54,7 +54,7 @@ class Samples:
 
 def generate(
   config,
-  params,
+  variables,
   prompts,
   *,
   key,
@@ -68,8 +68,8 @@ def generate(
   """Samples one response to every prompt; repeat a prompt for several.
 
   Args:
-    config: the `TransformerConfig` of `params`.
-    params: unboxed parameters.
+    config: the `TransformerConfig` of the parameters.
+    variables: unboxed parameters and perhaps an adapter (`lora.variables`).
     prompts: non-empty list of int32 arrays of any lengths >= 1.
     key: randomness; sample n at step t uses fold_in(fold_in(key, n), t).
     max_new_tokens: M, where an unfinished response is cut.
@@ -106,7 +106,7 @@ def generate(
       prompts_BP[row, starts[row] :] = prompts[n]
     batch = _generate(
       config,
-      params,
+      variables,
       prompts_BP,
       starts,
       rows,
@@ -164,7 +164,7 @@ def _check(config, lengths, max_new_tokens, temperature, top_p, batch_size):
 )
 def _generate(
   config,
-  params,
+  variables,
   prompts_BP,
   starts,
   rows,
@@ -177,8 +177,8 @@ def _generate(
 ):
   """Prefills and decodes one batch; rows < 0 have ended before they start."""
   (B, P), M = prompts_BP.shape, max_new_tokens
-  params = _cast(params, config.dtype)
-  unembed_VD = transformer.unembedding(params)
+  variables = transformer.cast(variables, config.dtype)
+  unembed_VD = transformer.unembedding(variables['params'])
   apply = functools.partial(transformer.Transformer(config).apply)
   row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
@@ -215,7 +215,7 @@ def _generate(
     starts_B1 = starts[:, None]
     hi_B1 = jnp.broadcast_to(slot + 1, (B, 1))
     hidden_B1D, cache = apply(
-      {'params': params},
+      variables,
       last_B1,
       slot - starts_B1,
       starts_B1,
@@ -227,7 +227,7 @@ def _generate(
 
   slots_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
   hidden_BPD, cache = apply(
-    {'params': params},
+    variables,
     prompts_BP,
     jnp.maximum(slots_BP - starts[:, None], 0),
     jnp.minimum(starts[:, None], slots_BP),  # padding: itself
@@ -249,19 +249,6 @@ def _generate(
   )
   del state['step']
   return state
-
-
-def _cast(params, dtype):
-  """Casts once, not at every step, what the model casts at every use.
-
-  Norms, wherever they are, are computed in float32.
-  """
-
-  def cast(path, x):
-    in_norm = any('norm' in key.key for key in path)
-    return x if in_norm else x.astype(dtype)
-
-  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def choose(logits_BV, keys, *, temperature, top_p):

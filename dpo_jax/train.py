@@ -25,11 +25,15 @@ from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax import workdirs
 from dpo_jax.data import batches
+from dpo_jax.models import lora
 
 
 @flax.struct.dataclass
 class State:
-  """What a step changes and a checkpoint holds."""
+  """What a step changes and a checkpoint holds.
+
+  params: all that is trained: the parameters, or an adapter on frozen ones.
+  """
 
   params: Any
   opt_state: Any
@@ -38,27 +42,34 @@ class State:
   memory: dict  # of losses that outlive a batch, see `objectives`
 
 
-def make_step(sums, tx, schedule, *, batch_size, ema=None):
-  """Returns (state, ref_params, batch) -> (state, {name: (sum, count)}).
+def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
+  """Returns (state, frozen, batch) -> (state, {name: (sum, count)}).
 
-  The loss is the mean over the `batch_size` groups of the global batch,
-  wherever they lie. Donate `state` when jitting.
+  `frozen` is {'base': parameters under an adapter or None, 'ref': what
+  `state.params` is for the reference, or None where the reference is the base
+  or there is none}; neither gets gradients. The loss is the mean over the
+  `batch_size` groups of the global batch, wherever they lie. Donate `state`
+  when jitting.
 
   Args:
     sums: of `objectives.make_sums`.
     tx: the optimizer.
     schedule: step -> learning rate, for the log.
     batch_size: groups.
+    scale: of the adapter, see `lora.variables`.
     ema: {'alpha', 'every'} where the reference is part of the state: after each
       `every` updates it becomes alpha policy + (1 - alpha) reference; alpha 1
       is a hard update. TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656.
   """
 
-  def step(state, ref_params, batch):
-    ref = ref_params if state.ref is None else state.ref
+  def step(state, frozen, batch):
+    base = frozen['base']
+    ref = frozen['ref'] if state.ref is None else state.ref
+    ref_variables = lora.variables(base, ref, scale)
 
     def loss_function(params):
-      totals, memory = sums(params, ref, batch, state.memory)
+      variables = lora.variables(base, params, scale)
+      totals, memory = sums(variables, ref_variables, batch, state.memory)
       return totals['loss'][0] / batch_size, (totals, memory)
 
     gradient = jax.value_and_grad(loss_function, has_aux=True)
@@ -186,11 +197,11 @@ def check_finite(values, step, checkpoints):
 
 
 # What a run must share with the one whose state it goes on with.
-RESUMED = ('init', 'model', 'reference', 'data', 'loss')
+RESUMED = ('init', 'model', 'adapter', 'reference', 'data', 'loss')
 
 
 def train(config, workdir):
-  """Trains as `config` says; returns the final parameters.
+  """Trains as `config` says; returns the final parameters, or the adapter.
 
   Args:
     config: `settings.Settings`; every key is read or the run does not start.
@@ -207,15 +218,17 @@ def train(config, workdir):
 def _train(config, workdir, mesh):
   # ----------------------------------------- loss, model, data, reference ----
   run = runs.set_up(config, mesh)
-  groups, ref_values = run.groups, run.ref_values
+  policy, groups, ref_values = run.policy, run.groups, run.ref_values
   mode = config.reference.mode
-  step_ref = run.ref_params if mode == 'frozen' else None
+  frozen = {'base': policy.base, 'ref': run.ref if mode == 'frozen' else None}
   ema = None
   if mode == 'ema':
     ema = {'alpha': config.reference.alpha, 'every': config.reference.every}
 
   # ------------------------------------------------- what each step sees ----
-  plan = training_plan(config, groups['train'], mesh, window=run.window)
+  plan = training_plan(
+    config, groups['train'], mesh, window=policy.config.window
+  )
   num_steps = plan.num_steps
   if ema and ema['every'] > num_steps:
     raise ValueError(
@@ -238,17 +251,26 @@ def _train(config, workdir, mesh):
     clip_norm=config.optim.clip_norm,
     keywords=dict(config.optim.keywords),
   )
-  shapes = state_shapes(run.params, tx, ema=bool(ema), memory=run.first_memory)
+  shapes = state_shapes(
+    policy.trained, tx, ema=bool(ema), memory=run.first_memory
+  )
   shardings = jax.tree.map(lambda x: x.sharding, shapes)
   step = jax.jit(
-    make_step(run.sums, tx, schedule, batch_size=config.batch_size, ema=ema),
+    make_step(
+      run.sums,
+      tx,
+      schedule,
+      batch_size=config.batch_size,
+      scale=policy.scale,
+      ema=ema,
+    ),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
 
   # ------------------------------------------------------------- restore ----
   # 1 this workdir, 2 config.resume, 3 config.init, 4 model.source; the last
-  # two are in run.params already.
+  # two are in policy.trained already.
   intervals = {
     'log': config.log_every,
     'evaluate': config.eval.every,
@@ -265,11 +287,11 @@ def _train(config, workdir, mesh):
   )
   newest = checkpoints.latest()
   if newest is None and not resume:
-    ref = jax.tree.map(jnp.copy, run.params) if ema else None
-    state = init_state(run.params, tx, ref=ref, memory=run.first_memory)
-    run.params = None  # donated with the state
+    ref = jax.tree.map(jnp.copy, policy.trained) if ema else None
+    state = init_state(policy.trained, tx, ref=ref, memory=run.first_memory)
+    policy.trained = None  # donated with the state
   else:
-    run.params = None  # makes room
+    policy.trained = None  # makes room
     state = restored_state(shapes, resume if newest is None else workdir)
   first = int(state.step)
   writer = metrics.Writer(workdir, after=first if first else -1)
@@ -315,11 +337,11 @@ def _train(config, workdir, mesh):
       count = plan.rows_of(number - 1)
       pause = time.perf_counter()
       if count not in compiled:
-        compiled[count] = step.lower(state, step_ref, batch).compile()
+        compiled[count] = step.lower(state, frozen, batch).compile()
         pause = time.perf_counter() - pause
         tqdm.tqdm.write(f'compiled for {count} rows in {pause:.1f} s')
         clock += pause
-      state, values = compiled[count](state, step_ref, batch)
+      state, values = compiled[count](state, frozen, batch)
       if pending:
         finish(*pending)
       pending = number, values

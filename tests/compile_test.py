@@ -60,7 +60,9 @@ def compile_seconds(config):
     ref=None,
     memory={},
   )
-  lowered = jax.jit(step, donate_argnums=0).lower(state, params, plan.batch(0))
+  lowered = jax.jit(step, donate_argnums=0).lower(
+    state, {'base': None, 'ref': params}, plan.batch(0)
+  )
   start = time.process_time()
   lowered.compile()
   return time.process_time() - start

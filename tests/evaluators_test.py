@@ -25,7 +25,7 @@ def test_heldout_means_do_not_depend_on_the_batch_size():
       groups, batch_size=batch_size, row_length=48, multiple=8, window=None
     )
     evaluate = evaluators.make_heldout(sums, plan, mesh, ref_values=None)
-    found.append(evaluate(params, ref, {}))
+    found.append(evaluate({'params': params}, {'params': ref}, {}))
   assert found[0]['groups'] == found[1]['groups'] == 11
   accuracy = found[0]['rewards/accuracy']
   assert 0 < accuracy < 1
@@ -64,9 +64,12 @@ def test_sequence_kl_equals_separate_sequences(cap):
   sequence_kl = evaluators.make_sequence_kl(config, mesh, chunk=4)
   expected = [sequence_kl_by_hand(config, params, ref, g) for g in groups]
   np.testing.assert_allclose(
-    sequence_kl(params, ref, plan), expected, rtol=1e-4
+    sequence_kl({'params': params}, {'params': ref}, plan),
+    expected,
+    rtol=1e-4,
   )
-  np.testing.assert_allclose(sequence_kl(params, params, plan), 0, atol=1e-5)
+  same = sequence_kl({'params': params}, {'params': params}, plan)
+  np.testing.assert_allclose(same, 0, atol=1e-5)
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
@@ -88,8 +91,10 @@ def test_samples_are_measured(temperature):
     reward='length',
     cost='negative',
   )
-  params = worlds.params_of(config)
-  values, records = evaluate(params, worlds.params_of(config, seed=1))
+  policy = {'params': worlds.params_of(config)}
+  values, records = evaluate(
+    policy, {'params': worlds.params_of(config, seed=1)}
+  )
   assert [r['prompt'] for r in records] == ['one'] * 3 + ['three'] * 3
   lengths = [len(r['response']) for r in records]
   assert [r['reward'] for r in records] == lengths
@@ -106,6 +111,6 @@ def test_samples_are_measured(temperature):
   assert ('kl' in values) == (temperature == 1.0)
   if temperature == 1.0:
     assert values['kl'] > 0.01
-    same, again = evaluate(params, params)
+    same, again = evaluate(policy, policy)
     assert abs(same['kl']) < 1e-5
     assert [r['response'] for r in again] == [r['response'] for r in records]

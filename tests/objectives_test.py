@@ -172,7 +172,8 @@ def run(section, form, transform=lambda function: function, devices=1):
   policy, ref = models()
 
   def loss(params, batch):
-    return sums(params, ref, batch, memory)[0]['loss'][0]
+    totals, _ = sums({'params': params}, {'params': ref}, batch, memory)
+    return totals['loss'][0]
 
   with sharding.use(mesh):
     batch = evaluators.put_batch(plan, 0, mesh)
@@ -269,7 +270,7 @@ def test_the_running_mean_of_bco_counts_all_rewards_so_far():
   rewards = 0.5 * np.asarray(scores.policy - scores.ref)
   for number in range(plan.num_steps):  # 5, 5 and 3 pairs
     batch = plan.batch(number)
-    _, memory = step(policy, ref, batch, memory)
+    _, memory = step({'params': policy}, {'params': ref}, batch, memory)
     seen += plan.steps[number]
     np.testing.assert_allclose(
       memory['bco']['mean'], rewards[seen].mean(), rtol=1e-4
@@ -289,7 +290,10 @@ def test_logged_rewards_are_of_the_first_preference_in_the_table():
       section[name] |= options
     section = dict(sorted(section.items()))  # as a saved config has them
     totals, _ = jax.jit(worlds.make_sums(CONFIG, section))(
-      policy, ref, batch, objectives.first_memory(table.bind(section))
+      {'params': policy},
+      {'params': ref},
+      batch,
+      objectives.first_memory(table.bind(section)),
     )
     return totals['rewards/margin'][0]
 
@@ -304,5 +308,6 @@ def test_a_loss_without_its_rewards_says_so():
   plan = batches.evaluation_plan(
     data('pairs'), batch_size=13, row_length=64, multiple=1, window=None
   )
+  policy, ref = ({'params': params} for params in models())
   with pytest.raises(ValueError, match='the data has no rewards'):
-    sums(*models(), plan.batch(0), {})
+    sums(policy, ref, plan.batch(0), {})

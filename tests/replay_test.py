@@ -119,7 +119,7 @@ def replay(
   out = []
   for number in range(plan.num_steps):
     batch = evaluators.put_batch(plan, number, mesh)
-    state, values = step(state, ref, batch)
+    state, values = step(state, {'base': None, 'ref': ref}, batch)
     out.append(evaluators.means(jax.device_get(values)))
   return {name: np.array([values[name] for values in out]) for name in out[0]}
 

@@ -203,7 +203,7 @@ def rows_values_and_grads(config, params, batch, weight_RS):
   token_logps = objectives.make_token_logps(config, chunk=16)
 
   def total(params):
-    values_RS = token_logps(params, batch)
+    values_RS = token_logps({'params': params}, batch)
     return jnp.sum(weight_RS * values_RS), values_RS
 
   grads, values_RS = jax.grad(total, has_aux=True)(params)

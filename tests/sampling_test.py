@@ -44,7 +44,7 @@ def sample(family, prompts=PROMPTS, **changes):
   }
   keywords.update(changes)
   return sampling.generate(
-    FAMILIES[family], random_params(family), prompts, **keywords
+    FAMILIES[family], {'params': random_params(family)}, prompts, **keywords
   )
 
 
@@ -275,7 +275,7 @@ def test_broken_parameters_are_an_error_not_a_text():
   with pytest.raises(FloatingPointError, match='sample 0 are not finite'):
     sampling.generate(
       FAMILIES['llama'],
-      params,
+      {'params': params},
       PROMPTS,
       key=jax.random.key(2),
       max_new_tokens=6,

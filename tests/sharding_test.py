@@ -51,7 +51,7 @@ def losses_of_a_run(devices, mesh_shape):
   with sharding.use(mesh):
     for number in range(5):
       batch = evaluators.put_batch(plan, number, mesh)
-      state, metrics = step(state, ref, batch)
+      state, metrics = step(state, {'base': None, 'ref': ref}, batch)
       values.append(float(metrics['loss'][0]))
   return np.array(values), jax.device_get(state.params), state
 

@@ -416,3 +416,16 @@ def init_params(config, key):
   """Returns random float32 parameters boxed with their logical axes."""
   slot = jnp.zeros((1, 1), jnp.int32)
   return Transformer(config).init(key, slot, slot, slot, slot + 1)['params']
+
+
+def cast(variables, dtype):
+  """Casts once what the model casts at every use; nothing it computes changes.
+
+  Norms, wherever they are, are computed in float32.
+  """
+
+  def one(path, x):
+    in_norm = any('norm' in key.key for key in path)
+    return x if in_norm else x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(one, variables)
