@@ -75,12 +75,12 @@ def load(source) -> Loaded:
 
 
 def _load_folder(folder: pathlib.Path) -> Loaded:
-  attributes = _json(folder / 'config.json')
+  attributes = read_json(folder / 'config.json')
   config = families.config_from_hf(attributes)
   family = families.family_of(attributes['model_type'])
   tensors = {}
   for path in _safetensors_files(folder):
-    tensors.update(_lazy_safetensors(path))
+    tensors.update(lazy_safetensors(path))
   try:
     params = families.from_hf(tensors, config, family=family)
   except ValueError as error:
@@ -103,7 +103,8 @@ def _safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
       'save them with safe_serialization=True.'
     )
   files = [
-    folder / name for name in sorted(set(_json(index)['weight_map'].values()))
+    folder / name
+    for name in sorted(set(read_json(index)['weight_map'].values()))
   ]
   missing = [path.name for path in files if not path.exists()]
   if missing:
@@ -114,7 +115,8 @@ def _safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
   return files
 
 
-def _lazy_safetensors(path: pathlib.Path) -> dict[str, _LazyTensor]:
+def lazy_safetensors(path: pathlib.Path) -> dict[str, _LazyTensor]:
+  """Returns what `families` needs of a file's tensors; reads only a header."""
   try:
     file = safetensors.safe_open(path, framework='numpy')
   except safetensors.SafetensorError as error:
@@ -140,7 +142,8 @@ def _lazy_safetensors(path: pathlib.Path) -> dict[str, _LazyTensor]:
   return tensors
 
 
-def _json(path: pathlib.Path) -> dict:
+def read_json(path: pathlib.Path) -> dict:
+  """Reads a file of a Hugging Face folder."""
   if not path.exists():
     raise FileNotFoundError(
       f'{path} does not exist; a Hugging Face folder '

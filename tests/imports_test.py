@@ -22,6 +22,7 @@ MACHINE = {
   'checkpoint',
   'metrics',
   'weights',
+  'adapters',
   'fetch',
   'workdirs',
 }

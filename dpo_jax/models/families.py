@@ -16,6 +16,7 @@ from dpo_jax.models import gemma_families
 from dpo_jax.models import gpt_families
 from dpo_jax.models import layouts
 from dpo_jax.models import llama_families
+from dpo_jax.models import lora
 from dpo_jax.models import schemas
 from dpo_jax.models import tables
 from dpo_jax.models import transformer
@@ -176,3 +177,15 @@ def _sizes(config) -> dict[str, int]:
     'I': 2,
     'J': config.head_dim // 2,
   }
+
+
+# --- Adapters ----------------------------------------------------------------
+
+
+def adapted_rows(config, *, family: tables.Family):
+  """Returns (rows of weights that may have an adapter, sizes of letters)."""
+  adaptable = {f'layers/{name}' for name in lora.INPUTS}
+  rows = [
+    row for row in _hf_table(family, config) if adaptable.issuperset(row.paths)
+  ]
+  return rows, _sizes(config)

@@ -7,7 +7,8 @@ back, so every layout is its own inverse and a round trip is bit-exact.
 
 C counts the parts of a fused tensor, of which each goes to its own path:
 'D(CNH)->CDNH' with three paths splits GPT-2's c_attn. Layers, '{}' in a name,
-are stacked on our side on a leading axis that layouts leave out.
+are stacked on our side on a leading axis that layouts leave out. Without a C
+every path has the whole tensor, and the first path is written.
 """
 
 import math
@@ -24,10 +25,15 @@ class Row(NamedTuple):
   name: str
   layout: str
   paths: list[str]
+  rank: int = 0  # R in the layout, of adapters
 
   def names(self, layers: int) -> list[str]:
     """Return the tensor's name in every layer, or its only name."""
     return [self.name.format(i) for i in range(layers if self.stacked else 1)]
+
+  def sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Add the letters that mean something else in every row."""
+    return {**sizes, 'C': len(self.paths), 'R': self.rank}
 
   @property
   def stacked(self) -> bool:
@@ -42,7 +48,7 @@ def read(tensors: Mapping, table, sizes, *, layers: int, harmless: str, dtype):
   """
   wanted, problems = {}, []
   for row in table:
-    shape = _shape(row.layout.split('->')[0], {**sizes, 'C': len(row.paths)})
+    shape = _shape(row.layout.split('->')[0], row.sizes(sizes))
     wanted.update((name, shape) for name in row.names(layers))
   for name, shape in wanted.items():
     if name not in tensors:
@@ -65,8 +71,8 @@ def read(tensors: Mapping, table, sizes, *, layers: int, harmless: str, dtype):
   params = {}
   for row in table:
     theirs, ours = row.layout.split('->')
-    local = {**sizes, 'C': len(row.paths)}
-    shape = (layers,) * row.stacked + _shape(ours.removeprefix('C'), sizes)
+    local = row.sizes(sizes)
+    shape = (layers,) * row.stacked + _shape(ours.removeprefix('C'), local)
     parts = [np.empty(shape, dtype) for _ in row.paths]
     for layer, name in enumerate(row.names(layers)):
       array = _arrange(np.asarray(tensors[name]), theirs, ours, local)
@@ -84,7 +90,7 @@ def write(params: Mapping, table, sizes, *, layers: int) -> dict:
   tensors = {}
   for row in table:
     theirs, ours = row.layout.split('->')
-    local = {**sizes, 'C': len(row.paths)}
+    local = row.sizes(sizes)
     parts = [np.asarray(_at(params, path)) for path in row.paths]
     for layer, name in enumerate(row.names(layers)):
       arrays = [part[layer] if row.stacked else part for part in parts]
