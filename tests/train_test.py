@@ -312,6 +312,7 @@ def command(config, workdir):
     ('reference=frozen', 8),
     ('reference=cached', 5),
     ('reference=ema,loss=dpo+bco', 6),
+    ('adapter=lora', 7),
   ],
 )
 def test_killed_and_resumed_equals_uninterrupted_bitwise(
@@ -353,7 +354,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(
     whole, 'samples.jsonl'
   )
   mesh = sharding.make_mesh(**config.mesh)
-  _, params, _ = runs.open_model(config.model, mesh=mesh)
+  params = runs.open_policy(config, mesh).trained
   ends = [
     workdirs.restore_newest(workdir, {'params': params})
     for workdir in (whole, killed)

@@ -151,3 +151,19 @@ def test_unknown_variant_is_refused(field):
 def test_heads_must_share_keys_evenly():
   with pytest.raises(ValueError, match='not a multiple of num_kv_heads 3'):
     dataclasses.replace(worlds.LLAMA, num_kv_heads=3)
+
+
+@pytest.mark.parametrize('config', worlds.FAMILIES.values())
+def test_casting_weights_once_changes_no_bit(config):
+  config = dataclasses.replace(config, dtype='bfloat16')
+  params = worlds.params_of(config)
+  cast = transformer.cast(params, 'bfloat16')
+  assert cast['layers']['mlp']['up'].dtype == 'bfloat16'
+  assert cast['layers']['norm1']['scale'].dtype == 'float32'
+  found = [
+    jax.jit(transformer.Transformer(config).apply)(
+      {'params': p}, TOKENS, POSITIONS, *CAUSAL
+    )
+    for p in (params, cast)
+  ]
+  np.testing.assert_array_equal(*found)
