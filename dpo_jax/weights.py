@@ -167,12 +167,10 @@ def assemble(checkpoint: Checkpoint, *, dtype=None, progress=iter) -> dict:
     progress: wraps the iterator of their pieces, such as `tqdm.tqdm`.
   """
   if checkpoint.tensors is None:
-    params = jax.device_get(_initial(checkpoint.config))
-    return (
-      params
-      if dtype is None
-      else jax.tree.map(lambda x: x.astype(dtype), params)
+    make = jax.jit(
+      lambda: _cast(_initial(checkpoint.config), lambda _: dtype or 'float32')
     )
+    return jax.device_get(make())
   pieces = progress(checkpoint.read())
   return layouts.assemble(pieces, checkpoint.shapes, dtype=dtype)
 
@@ -193,8 +191,7 @@ def place(checkpoint: Checkpoint, shardings, *, dtype_of) -> dict:
       lambda: _cast(_initial(checkpoint.config), dtype_of),
       out_shardings=shardings,
     )()
-  params, stacks = {}, {}
-  shapes = checkpoint.shapes
+  found, shapes = {}, checkpoint.shapes
   for path, layer, array in checkpoint.read():
     sharding, dtype = layouts.at(shardings, path), dtype_of(path)
     if array.dtype == np.float64:  # unknown to JAX as it is set up
@@ -202,16 +199,20 @@ def place(checkpoint: Checkpoint, shardings, *, dtype_of) -> dict:
     if layer is None:
       value = _copied(jax.device_put(array, sharding), dtype, sharding)
     else:
-      if path not in stacks:
-        stacks[path] = _zeros(shapes[path], dtype, sharding)
+      if path not in found:
+        found[path] = _zeros(shapes[path], dtype, sharding)
       inner = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-      value = stacks[path] = _with_layer(
-        stacks[path], jax.device_put(array, inner), layer, sharding
+      value = _with_layer(
+        found[path], jax.device_put(array, inner), layer, sharding
       )
     # Else what is read runs ahead of what is placed, all of it in memory.
-    jax.block_until_ready(value)
-    layouts.put(params, path, value)
-  return params
+    found[path] = jax.block_until_ready(value)
+  return layouts.tree(found)
+
+
+def dtype_named(name: str) -> np.dtype:
+  """Returns 'bfloat16' as the type that numpy alone does not know."""
+  return next(dtype for dtype in DTYPES.values() if dtype.name == name)
 
 
 def _initial(config):

@@ -25,7 +25,7 @@ MACHINE = {
   'fetch',
   'workdirs',
 }
-MIDDLE = {'objectives', 'evaluators', 'ref_cache', 'runs'}
+MIDDLE = {'objectives', 'evaluators', 'ref_cache', 'runs', 'exports'}
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
 LOOPS = {'train', 'online', 'main'}

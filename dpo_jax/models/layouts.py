@@ -114,7 +114,7 @@ def assemble(pieces: Iterable[Piece], shapes: Mapping, *, dtype=None) -> dict:
   `shapes` are those of all parameters. `dtype` None keeps each as it is
   stored; one whose layers are stored differently gets what holds them all.
   """
-  params, found = {}, {}
+  found = {}
   for path, layer, array in pieces:
     have, kind = found.get(path), array.dtype if dtype is None else dtype
     if have is None:
@@ -123,9 +123,7 @@ def assemble(pieces: Iterable[Piece], shapes: Mapping, *, dtype=None) -> dict:
       kind = np.promote_types(have.dtype, kind)
       found[path] = have = have.astype(kind)
     have[... if layer is None else layer] = array
-  for path, array in found.items():
-    put(params, path, array)
-  return params
+  return tree(found)
 
 
 def write(
@@ -146,6 +144,14 @@ def at(params: Mapping, path: str):
   """Return what is at 'a/b/c' of nested dicts."""
   for name in path.split('/'):
     params = params[name]
+  return params
+
+
+def tree(values: Mapping) -> dict:
+  """Return the nested dicts of {'a/b/c': value}."""
+  params = {}
+  for path, value in values.items():
+    put(params, path, value)
   return params
 
 
