@@ -97,12 +97,13 @@ def read(source) -> Model:
 
     def progress(pieces):
       for piece in pieces:
-        yield piece
         bar.update(piece.array.size)
+        yield piece
+        del piece
 
     params = weights.assemble(checkpoint, progress=progress)
   if checkpoint.tensors is None:
-    return _trained(checkpoint, params)
+    return with_parameters(checkpoint, params)
   tensors = [checkpoint.tensors[name] for name in shapes]
   return Model(
     checkpoint,
@@ -112,8 +113,8 @@ def read(source) -> Model:
   )
 
 
-def _trained(checkpoint, params) -> Model:
-  """A model whose parameters are ours, in float32."""
+def with_parameters(checkpoint, params) -> Model:
+  """Returns a model with parameters of ours, to be written as float32."""
   kind, names = weights.dtype_named('float32'), list(_shapes(checkpoint))
   return Model(
     checkpoint, params, dict.fromkeys(names, kind), {kind.name: len(names)}
@@ -150,7 +151,7 @@ def _read_run(workdir: str) -> Model:
     source=f'{workdir}, step {step}, of {opened.source}',
     tokenizer=tokenizer,
   )
-  return _trained(checkpoint, items['params'])
+  return with_parameters(checkpoint, items['params'])
 
 
 def _shapes(checkpoint):

@@ -207,6 +207,7 @@ def place(checkpoint: Checkpoint, shardings, *, dtype_of) -> dict:
       )
     # Else what is read runs ahead of what is placed, all of it in memory.
     found[path] = jax.block_until_ready(value)
+    del array  # before the next is read
   return layouts.tree(found)
 
 

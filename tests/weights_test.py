@@ -96,6 +96,68 @@ def test_missing_shard_is_named(folder):
     weights.load(folder)
 
 
+def test_all_truncated_shards_are_in_one_error(folder):
+  shard(folder)
+  for path in folder.glob('*.safetensors'):
+    path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(ValueError, match=r'00001-of.*; model-00002-of'):
+    weights.load(folder)
+
+
+def test_shards_without_an_index_are_named(folder):
+  shard(folder)
+  (folder / INDEX).unlink()
+  with pytest.raises(
+    FileNotFoundError, match=r'has model-00001-of.*, but no index. Download'
+  ):
+    weights.load(folder)
+
+
+def test_all_that_an_index_says_wrong_is_in_one_error(folder):
+  shard(folder)
+  index = json.loads((folder / INDEX).read_text())['weight_map']
+  first, second, third, *_ = sorted(index)
+  other = index[sorted(index)[-1]]
+  index[first] = other
+  del index[second]
+  index['model.nowhere'] = index[third]
+  (folder / INDEX).write_text(json.dumps({'weight_map': index}))
+  with pytest.raises(ValueError) as error:
+    weights.load(folder)
+  for part in (
+    f'{first} is not in {other}',
+    f'model.nowhere is not in {index[third]}',
+    f'{first} is in {index[third]}, which the index does not say',
+    f'{second} is in {index[third]}, which the index does not say',
+    'Download them again',
+  ):
+    assert part in str(error.value)
+  assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  'index', [{}, {'weight_map': []}, {'weight_map': {'a': '../b'}}]
+)
+def test_an_index_of_another_kind_is_refused(folder, index):
+  shard(folder)
+  (folder / INDEX).write_text(json.dumps(index))
+  with pytest.raises(ValueError, match='has no weight_map from tensors to'):
+    weights.load(folder)
+
+
+def test_what_a_killed_export_left_is_refused(folder):
+  left = folder.rename(folder.with_name('m.part-host-123'))
+  with pytest.raises(ValueError, match=r'export that was killed.*remove it'):
+    weights.load(left)
+
+
+def test_unknown_attributes_are_named_with_the_folder(folder):
+  attributes = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(attributes | {'moe': 8}))
+  with pytest.raises(ValueError, match=r'moe = 8 \(unknown attribute\)'):
+    weights.load(folder)
+
+
 def test_missing_tensor_names_the_folder(folder):
   tensors = read_tensors(folder)
   del tensors['lm_head.weight']

@@ -99,13 +99,18 @@ def read(tensors: Mapping, table, sizes, *, layers: int) -> Iterator[Piece]:
   type it is stored in.
   """
   for row in table:
-    theirs, ours = row.layout.split('->')
-    local = {**sizes, 'C': len(row.paths)}
     for layer, name in enumerate(row.names(layers)):
-      array = _arrange(np.asarray(tensors[name]), theirs, ours, local)
-      parts = array if ours.startswith('C') else [array]
-      for path, part in zip(row.paths, parts, strict=True):
-        yield Piece(path, layer if row.stacked else None, part)
+      yield from _pieces(tensors[name], row, layer, sizes)
+
+
+def _pieces(tensor, row: Row, layer: int, sizes) -> Iterator[Piece]:
+  # A generator of its own: nothing keeps a tensor while the next is read.
+  theirs, ours = row.layout.split('->')
+  local = {**sizes, 'C': len(row.paths)}
+  array = _arrange(np.asarray(tensor), theirs, ours, local)
+  parts = array if ours.startswith('C') else [array]
+  for path, part in zip(row.paths, parts, strict=True):
+    yield Piece(path, layer if row.stacked else None, part)
 
 
 def assemble(pieces: Iterable[Piece], shapes: Mapping, *, dtype=None) -> dict:
@@ -123,6 +128,7 @@ def assemble(pieces: Iterable[Piece], shapes: Mapping, *, dtype=None) -> dict:
       kind = np.promote_types(have.dtype, kind)
       found[path] = have = have.astype(kind)
     have[... if layer is None else layer] = array
+    del array  # before the next is read
   return tree(found)
 
 
