@@ -227,6 +227,8 @@ def test_folder_brings_its_tokenizer_unless_it_is_too_large(folder):
 GGUF_NAMES = {
   'embed_tokens': 'token_embd',
   'input_layernorm': 'attn_norm',
+  'self_attn.q_norm': 'attn_q_norm',
+  'self_attn.k_norm': 'attn_k_norm',
   'self_attn.q_proj': 'attn_q',
   'self_attn.k_proj': 'attn_k',
   'self_attn.v_proj': 'attn_v',
@@ -240,6 +242,18 @@ GGUF_NAMES = {
 }
 
 
+# What a family has more than Llama.
+MORE = {
+  'qwen2': {
+    f'model.layers.0.self_attn.{name}_proj.bias': (size,)
+    for name, size in dict(q=64, k=32, v=32).items()
+  },
+  'qwen3': {
+    f'model.layers.0.self_attn.{name}_norm.weight': (16,) for name in 'qk'
+  },
+}
+
+
 def write_gguf(
   path,
   *,
@@ -250,7 +264,7 @@ def write_gguf(
   permute=True,
   pre='smollm',
 ):
-  """Writes a random one-layer Llama; returns its Hugging Face tensors."""
+  """Writes a random one-layer model; returns its Hugging Face tensors."""
   shapes = {
     'model.embed_tokens.weight': (vocab_size, 64),
     'model.norm.weight': (64,),
@@ -263,6 +277,7 @@ def write_gguf(
     'model.layers.0.mlp.gate_proj.weight': (96, 64),
     'model.layers.0.mlp.up_proj.weight': (96, 64),
     'model.layers.0.mlp.down_proj.weight': (64, 96),
+    **MORE.get(architecture, {}),
   }
   rng = np.random.default_rng(0)
   writer = gguf.GGUFWriter(path, architecture)
@@ -274,6 +289,9 @@ def write_gguf(
   writer.add_layer_norm_rms_eps(1e-5)
   writer.add_context_length(64)
   writer.add_rope_freq_base(1e4)
+  if architecture == 'qwen3':
+    writer.add_key_length(16)
+    writer.add_value_length(16)
   writer.add_tokenizer_model('gpt2')
   writer.add_tokenizer_pre(pre)
   writer.add_token_list(byte_vocabulary(tokens - 1) + ['th'])
@@ -289,7 +307,7 @@ def write_gguf(
     else:
       stored = gguf.quants.quantize(tensor, kind)
       tensors[name] = gguf.quants.dequantize(stored, kind)
-    heads = {'q': 4, 'k': 2}.get(name.split('self_attn.')[-1][0])
+    heads = {'q_p': 4, 'k_p': 2}.get(name.split('self_attn.')[-1][:3])
     if permute and 'self_attn' in name and heads:
       stored = (
         stored.reshape(heads, 2, 8, -1).swapaxes(1, 2).reshape(stored.shape)
@@ -305,17 +323,18 @@ def write_gguf(
   return tensors
 
 
-def hugging_face_twin(folder, tensors):
+def hugging_face_twin(folder, tensors, model_type='llama'):
   folder.mkdir()
   (folder / 'config.json').write_text(
     json.dumps(
       dict(
-        model_type='llama',
+        model_type=model_type,
         vocab_size=300,
         hidden_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,
         intermediate_size=96,
         rms_norm_eps=1e-5,
         max_position_embeddings=64,
@@ -339,6 +358,17 @@ def test_gguf_equals_its_hugging_face_twin(tmp_path, quantization):
   assert_trees_equal(loaded.params, twin.params)
   assert loaded.tokenizer.vocab_size == 300
   assert loaded.tokenizer.decode(loaded.tokenizer.encode('the é')) == 'the é'
+
+
+@pytest.mark.parametrize('architecture', ['qwen2', 'qwen3'])
+def test_gguf_of_qwen_keeps_the_order_of_rows(tmp_path, architecture):
+  tensors = write_gguf(
+    tmp_path / 'm.gguf', architecture=architecture, permute=False
+  )
+  loaded = weights.load(tmp_path / 'm.gguf')
+  twin = hugging_face_twin(tmp_path / 'twin', tensors, architecture)
+  assert loaded.config == twin.config
+  assert_trees_equal(loaded.params, twin.params)
 
 
 def test_gguf_without_the_permutation_is_another_model(tmp_path):

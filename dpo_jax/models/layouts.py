@@ -125,7 +125,7 @@ def assemble(pieces: Iterable[Piece], shapes: Mapping, *, dtype=None) -> dict:
     if have is None:
       found[path] = have = np.empty(shapes[path], kind)
     elif dtype is None and have.dtype != kind:
-      kind = np.promote_types(have.dtype, kind)
+      kind = 'float64' if 8 in (have.itemsize, kind.itemsize) else 'float32'
       found[path] = have = have.astype(kind)
     have[... if layer is None else layer] = array
     del array  # before the next is read
