@@ -173,7 +173,11 @@ def test_a_config_written_is_the_config_read(name):
   family = families.family_of(attributes_of(name)['model_type'])
   written = families.config_to_hf(CONFIGS[name], family=family)
   assert families.config_from_hf(written) == CONFIGS[name]
-  assert written['architectures'] == attributes_of(name)['architectures']
+  golden = attributes_of(name)
+  assert written['architectures'] == golden['architectures']
+  # transformers, which wrote the golden ones, refuses 256.0 for an integer.
+  for key in written.keys() & golden.keys():
+    assert type(written[key]) is type(golden[key]), key
 
 
 @pytest.mark.parametrize('name', presets.MODELS | presets.DEBUG)

@@ -91,6 +91,7 @@ class Schema:
   only: attribute -> the values under which our decoder is the same model.
   harmless: attributes that do not change what the model computes.
   absent: fields no attribute has to give, and the family's value for them.
+  whole: attributes that other readers want as integers, not as 256.0.
   windows: which layers have a sliding window, None: no family's has.
   """
 
@@ -99,6 +100,7 @@ class Schema:
   harmless: frozenset[str]
   absent: Mapping[str, object]
   words: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
+  whole: frozenset[str] = frozenset()
   windows: Windows | None = None
 
 
@@ -276,6 +278,8 @@ def untranslate(schema: Schema, config) -> dict:
     if name in schema.words:
       words = schema.words[name].items()
       value = next(word for word, meant in words if meant == value)
+    if name in schema.whole and value is not None and value == int(value):
+      value = int(value)
     if place:
       attributes.setdefault(place, {})[inner] = value
     else:
