@@ -14,6 +14,7 @@ setuptools.setup(
     'array-record>=0.6',
     'flax>=0.12',
     'gguf>=0.17',
+    'huggingface_hub>=0.34',  # of tokenizers too
     'importlib-resources>=6.4',  # tensorflow-datasets needs it
     'jax>=0.10',
     'jinja2>=3.1.6',

@@ -13,13 +13,12 @@ same products.
 
 import json
 import math
-import os
 import pathlib
 import re
-import shutil
 
 import safetensors.numpy
 
+from dpo_jax import folders
 from dpo_jax import weights
 from dpo_jax.models import lora
 from dpo_jax.models import pefts
@@ -65,7 +64,7 @@ def load(folder, config, *, family):
   """
   folder = pathlib.Path(folder).expanduser()
   attributes = _attributes(folder)
-  tensors = weights.lazy_safetensors(folder / WEIGHTS)
+  tensors = weights.read_headers(folder / WEIGHTS)
   try:
     _refuse(attributes)
     linears = pefts.linears(config, family=family)
@@ -111,35 +110,13 @@ def save(folder, adapter, kind, config, *, family, base, overwrite=False):
   attributes = _describe(
     ranks, kind, pefts.linears(config, family=family), base
   )
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  partial = folder.with_name(f'.{folder.name}.{os.getpid()}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir()
-  try:
+  with folders.whole(folder) as partial:
     safetensors.numpy.save_file(
       tensors, partial / WEIGHTS, metadata={'format': 'pt'}
     )
     (partial / CONFIG).write_text(
       json.dumps(attributes, indent=2) + '\n', encoding='utf-8'
     )
-    _move(partial, folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _move(partial, folder):
-  """Puts a complete folder in the place of what was there."""
-  if not folder.exists():
-    partial.rename(folder)
-    return
-  old = partial.with_suffix('.old')
-  folder.rename(old)
-  try:
-    partial.rename(folder)
-  except OSError:
-    old.rename(folder)
-    raise
-  shutil.rmtree(old)
 
 
 # --- Reading -----------------------------------------------------------------
@@ -153,8 +130,6 @@ def _attributes(folder) -> dict:
     if not (folder / name).is_file():
       raise FileNotFoundError(f'{folder} has no {name}; {hint}.')
   attributes = weights.read_json(folder / CONFIG)
-  if not isinstance(attributes, dict):
-    raise ValueError(f'{folder / CONFIG} is no JSON object; save it again.')
   return attributes
 
 

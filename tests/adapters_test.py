@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from dpo_jax import adapters
+from dpo_jax import folders
 from dpo_jax import weights
 from dpo_jax.models import families
 from dpo_jax.models import lora
@@ -528,7 +529,7 @@ def test_a_failed_move_puts_the_old_folder_back(folder, tmp_path, monkeypatch):
   rename = pathlib.Path.rename
 
   def fail(self, target):
-    if self.name.endswith('.partial'):
+    if folders.is_part(self) and '.old' not in self.name:
       raise OSError('no rename')
     return rename(self, target)
 

@@ -84,7 +84,7 @@ def test_the_papers_settings_are_the_default():
   [
     ('los=dpo', "unknown config argument 'los'; did you mean 'loss'"),
     ('loss=ipo_sam', "did you mean 'ipo_sum'"),
-    ('model=smollm2', "did you mean 'smollm2-135m'"),
+    ('model=smollm2-135', "did you mean 'smollm2-135m'"),
     ('data=hhh', "did you mean 'hh'"),
     ('optim=adam', "did you mean 'adamw'"),
   ],

@@ -15,6 +15,7 @@ import zipfile
 import pytest
 
 from dpo_jax import fetch
+from dpo_jax import folders
 
 CONTENT = bytes(range(256)) * 20
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -148,6 +149,7 @@ def test_a_killed_download_is_cleared_away_by_the_next(remote, tmp_path):
   program = textwrap.dedent("""
     import os, signal, sys
     from dpo_jax import fetch
+from dpo_jax import folders
     def kill(_, partial):
       partial.write_bytes(b'half')
       os.kill(os.getpid(), signal.SIGKILL)
@@ -164,7 +166,7 @@ def test_a_killed_download_is_cleared_away_by_the_next(remote, tmp_path):
   (left,) = files_under(path.parent)
   assert left.read_bytes() == b'half'
   # Another process is still at work, and so is another file's.
-  alive = fetch._part_folder(path, os.getppid())
+  alive = folders.part_folder(path, os.getppid())
   other = left.parent.with_name('other' + left.parent.name)
   for folder in (alive, other):
     folder.mkdir()
@@ -183,7 +185,7 @@ def test_leftovers_go_even_where_another_process_finished(
   )
   inside = member(cache_dir=tmp_path / 'cache')
   # A process before us had our id, as in a container that was restarted.
-  stale = [fetch._part_folder(p, os.getpid()) for p in (path, inside)]
+  stale = [folders.part_folder(p, os.getpid()) for p in (path, inside)]
   for folder in stale:
     folder.mkdir()
     (folder / 'package.whl').write_bytes(b'half')

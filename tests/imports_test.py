@@ -24,9 +24,10 @@ MACHINE = {
   'weights',
   'adapters',
   'fetch',
+  'folders',
   'workdirs',
 }
-MIDDLE = {'objectives', 'evaluators', 'ref_cache', 'runs'}
+MIDDLE = {'objectives', 'evaluators', 'ref_cache', 'runs', 'exports'}
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
 LOOPS = {'train', 'online', 'main'}

@@ -6,8 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from dpo_jax import weights
+from dpo_jax import workdirs
+from tests import weights_test
 from tests import worlds
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -60,6 +65,30 @@ def test_prepare_train_eval_sample(tmp_path):
   assert result.returncode == 0, result.stderr
   assert json.loads(result.stdout)['prompt'] == 'question'
 
+  result = dpo_jax('convert', tmp_path / 'run', tmp_path / 'out')
+  assert result.returncode == 0, result.stderr
+  assert 'step 2, of debug-llama' in result.stdout
+  like = weights.load(tmp_path / 'out')
+  _, items = workdirs.restore_newest(
+    str(tmp_path / 'run'), {'params': jax.tree.map(jnp.asarray, like.params)}
+  )
+  weights_test.assert_trees_equal(like.params, jax.device_get(items['params']))
+  assert like.tokenizer.eos_id == 256
+
+  result = dpo_jax('convert', 'debug-llama', tmp_path / 'out')
+  assert result.returncode != 0
+  assert '--overwrite' in result.stderr and 'Traceback' not in result.stderr
+  result = dpo_jax(
+    'convert',
+    'debug-llama',
+    tmp_path / 'out',
+    '--overwrite',
+    '--dtype=bfloat16',
+    '--shard_size=200KB',
+  )
+  assert result.returncode == 0, result.stderr
+  assert (tmp_path / 'out' / 'model-00002-of-00002.safetensors').exists()
+
   result = dpo_jax('eval', *options(tmp_path, '--config.loss.dpo.beta=0.3'))
   assert result.returncode != 0
   assert 'loss.dpo.beta: 0.1 -> 0.3' in result.stderr
@@ -85,6 +114,9 @@ def test_prepare_train_eval_sample(tmp_path):
     ),
     (['train', '--config=configs/sft.py'], 'add --workdir=DIR'),
     (['sample', '--config=configs/sft.py:debug'], '--prompt='),
+    (['convert', 'debug-llama'], 'dpo-jax convert SOURCE FOLDER'),
+    (['convert', 'debug-lama', 'out'], "did you mean 'debug-llama'"),
+    (['convert', 'debug-llama', 'out', '--dtype=int8'], 'should be one of'),
     (
       ['prepare', '--config=configs/sft.py:debug']
       + ['--config.data.source=nowhere'],

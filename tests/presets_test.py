@@ -5,6 +5,8 @@ import math
 import jax
 import pytest
 
+from configs import common
+from dpo_jax import runs
 from dpo_jax.models import families
 from dpo_jax.models import presets
 from dpo_jax.models import transformer
@@ -205,6 +207,14 @@ HUB = {
 
 def test_every_preset_has_a_published_size():
   assert set(PARAMETERS) == set(presets.MODELS)
+
+
+def test_every_preset_is_a_model_of_a_config_and_has_a_source():
+  debug = set(presets.DEBUG)
+  assert set(common.MODELS) == set(presets.MODELS) | debug
+  for name in presets.MODELS:
+    source = common.MODELS[name]['source']
+    assert source in runs.PACKAGES or source.startswith('hf:')
 
 
 @pytest.mark.parametrize('name', presets.MODELS)

@@ -96,6 +96,68 @@ def test_missing_shard_is_named(folder):
     weights.load(folder)
 
 
+def test_all_truncated_shards_are_in_one_error(folder):
+  shard(folder)
+  for path in folder.glob('*.safetensors'):
+    path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(ValueError, match=r'00001-of.*; model-00002-of'):
+    weights.load(folder)
+
+
+def test_shards_without_an_index_are_named(folder):
+  shard(folder)
+  (folder / INDEX).unlink()
+  with pytest.raises(
+    FileNotFoundError, match=r'has model-00001-of.*, but no index. Download'
+  ):
+    weights.load(folder)
+
+
+def test_all_that_an_index_says_wrong_is_in_one_error(folder):
+  shard(folder)
+  index = json.loads((folder / INDEX).read_text())['weight_map']
+  first, second, third, *_ = sorted(index)
+  other = index[sorted(index)[-1]]
+  index[first] = other
+  del index[second]
+  index['model.nowhere'] = index[third]
+  (folder / INDEX).write_text(json.dumps({'weight_map': index}))
+  with pytest.raises(ValueError) as error:
+    weights.load(folder)
+  for part in (
+    f'{first} is not in {other}',
+    f'model.nowhere is not in {index[third]}',
+    f'{first} is in {index[third]}, which the index does not say',
+    f'{second} is in {index[third]}, which the index does not say',
+    'Download them again',
+  ):
+    assert part in str(error.value)
+  assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  'index', [{}, {'weight_map': []}, {'weight_map': {'a': '../b'}}]
+)
+def test_an_index_of_another_kind_is_refused(folder, index):
+  shard(folder)
+  (folder / INDEX).write_text(json.dumps(index))
+  with pytest.raises(ValueError, match='has no weight_map from tensors to'):
+    weights.load(folder)
+
+
+def test_what_a_killed_export_left_is_refused(folder):
+  left = folder.rename(folder.with_name('m.part-host-123'))
+  with pytest.raises(ValueError, match=r'export that was killed.*remove it'):
+    weights.load(left)
+
+
+def test_unknown_attributes_are_named_with_the_folder(folder):
+  attributes = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(attributes | {'moe': 8}))
+  with pytest.raises(ValueError, match=r'moe = 8 \(unknown attribute\)'):
+    weights.load(folder)
+
+
 def test_missing_tensor_names_the_folder(folder):
   tensors = read_tensors(folder)
   del tensors['lm_head.weight']
@@ -108,7 +170,7 @@ def test_integer_weights_are_refused(folder):
   tensors = read_tensors(folder)
   tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(np.int8)
   safetensors.numpy.save_file(tensors, folder / WEIGHTS)
-  with pytest.raises(ValueError, match=r'lm_head.weight is stored as I8'):
+  with pytest.raises(ValueError, match=r'stored as I8 \(lm_head.weight\)'):
     weights.load(folder)
 
 
@@ -165,6 +227,8 @@ def test_folder_brings_its_tokenizer_unless_it_is_too_large(folder):
 GGUF_NAMES = {
   'embed_tokens': 'token_embd',
   'input_layernorm': 'attn_norm',
+  'self_attn.q_norm': 'attn_q_norm',
+  'self_attn.k_norm': 'attn_k_norm',
   'self_attn.q_proj': 'attn_q',
   'self_attn.k_proj': 'attn_k',
   'self_attn.v_proj': 'attn_v',
@@ -178,6 +242,18 @@ GGUF_NAMES = {
 }
 
 
+# What a family has more than Llama.
+MORE = {
+  'qwen2': {
+    f'model.layers.0.self_attn.{name}_proj.bias': (size,)
+    for name, size in dict(q=64, k=32, v=32).items()
+  },
+  'qwen3': {
+    f'model.layers.0.self_attn.{name}_norm.weight': (16,) for name in 'qk'
+  },
+}
+
+
 def write_gguf(
   path,
   *,
@@ -188,7 +264,7 @@ def write_gguf(
   permute=True,
   pre='smollm',
 ):
-  """Writes a random one-layer Llama; returns its Hugging Face tensors."""
+  """Writes a random one-layer model; returns its Hugging Face tensors."""
   shapes = {
     'model.embed_tokens.weight': (vocab_size, 64),
     'model.norm.weight': (64,),
@@ -201,6 +277,7 @@ def write_gguf(
     'model.layers.0.mlp.gate_proj.weight': (96, 64),
     'model.layers.0.mlp.up_proj.weight': (96, 64),
     'model.layers.0.mlp.down_proj.weight': (64, 96),
+    **MORE.get(architecture, {}),
   }
   rng = np.random.default_rng(0)
   writer = gguf.GGUFWriter(path, architecture)
@@ -212,6 +289,9 @@ def write_gguf(
   writer.add_layer_norm_rms_eps(1e-5)
   writer.add_context_length(64)
   writer.add_rope_freq_base(1e4)
+  if architecture == 'qwen3':
+    writer.add_key_length(16)
+    writer.add_value_length(16)
   writer.add_tokenizer_model('gpt2')
   writer.add_tokenizer_pre(pre)
   writer.add_token_list(byte_vocabulary(tokens - 1) + ['th'])
@@ -227,7 +307,7 @@ def write_gguf(
     else:
       stored = gguf.quants.quantize(tensor, kind)
       tensors[name] = gguf.quants.dequantize(stored, kind)
-    heads = {'q': 4, 'k': 2}.get(name.split('self_attn.')[-1][0])
+    heads = {'q_p': 4, 'k_p': 2}.get(name.split('self_attn.')[-1][:3])
     if permute and 'self_attn' in name and heads:
       stored = (
         stored.reshape(heads, 2, 8, -1).swapaxes(1, 2).reshape(stored.shape)
@@ -243,17 +323,18 @@ def write_gguf(
   return tensors
 
 
-def hugging_face_twin(folder, tensors):
+def hugging_face_twin(folder, tensors, model_type='llama'):
   folder.mkdir()
   (folder / 'config.json').write_text(
     json.dumps(
       dict(
-        model_type='llama',
+        model_type=model_type,
         vocab_size=300,
         hidden_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,
         intermediate_size=96,
         rms_norm_eps=1e-5,
         max_position_embeddings=64,
@@ -279,6 +360,17 @@ def test_gguf_equals_its_hugging_face_twin(tmp_path, quantization):
   assert loaded.tokenizer.decode(loaded.tokenizer.encode('the é')) == 'the é'
 
 
+@pytest.mark.parametrize('architecture', ['qwen2', 'qwen3'])
+def test_gguf_of_qwen_keeps_the_order_of_rows(tmp_path, architecture):
+  tensors = write_gguf(
+    tmp_path / 'm.gguf', architecture=architecture, permute=False
+  )
+  loaded = weights.load(tmp_path / 'm.gguf')
+  twin = hugging_face_twin(tmp_path / 'twin', tensors, architecture)
+  assert loaded.config == twin.config
+  assert_trees_equal(loaded.params, twin.params)
+
+
 def test_gguf_without_the_permutation_is_another_model(tmp_path):
   tensors = write_gguf(tmp_path / 'm.gguf', permute=False)
   loaded = weights.load(tmp_path / 'm.gguf')
@@ -294,7 +386,10 @@ def test_gguf_without_the_permutation_is_another_model(tmp_path):
     (dict(architecture='gemma'), "architecture 'gemma' is not supported"),
     (dict(pre='tekken'), "pre 'tekken' is not supported"),
     (dict(vocab_size=280), 'has 300 tokens but the embedding only 280 rows'),
-    (dict(quantization=gguf.GGMLQuantizationType.I8), 'quantized as I8'),
+    (
+      dict(quantization=gguf.GGMLQuantizationType.I8),
+      r'I8 \(model.embed_tokens.weight, .* and 5 more\)',
+    ),
   ],
 )
 def test_gguf_we_would_misread_is_refused(tmp_path, keywords, error):

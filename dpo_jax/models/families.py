@@ -22,15 +22,18 @@ from dpo_jax.models import tables
 from dpo_jax.models import transformer
 
 FAMILIES = {
-  'gemma': gemma_families.GEMMA,
-  'gemma2': gemma_families.GEMMA2,
-  'gemma3_text': gemma_families.GEMMA3,
-  'gpt2': gpt_families.GPT2,
-  'gpt_neox': gpt_families.GPT_NEOX,
-  'llama': llama_families.LLAMA,
-  'mistral': llama_families.MISTRAL,
-  'qwen2': llama_families.QWEN2,
-  'qwen3': llama_families.QWEN3,
+  family.name: family
+  for family in (
+    gemma_families.GEMMA,
+    gemma_families.GEMMA2,
+    gemma_families.GEMMA3,
+    gpt_families.GPT2,
+    gpt_families.GPT_NEOX,
+    llama_families.LLAMA,
+    llama_families.MISTRAL,
+    llama_families.QWEN2,
+    llama_families.QWEN3,
+  )
 }
 
 
@@ -55,6 +58,38 @@ def config_from_hf(attributes: Mapping) -> transformer.TransformerConfig:
     attributes,
     fixed=family.fixed,
     source=f'{attributes["model_type"]} config',
+  )
+
+
+def config_to_hf(config, *, family: tables.Family) -> dict:
+  """Returns a config.json that `config_from_hf` translates to this config.
+
+  How our decoder computes (dtype, remat, scan_unroll) is no part of it. A
+  config that this family cannot say is a ValueError.
+  """
+  attributes = {
+    'architectures': [family.architecture],
+    'model_type': family.name,
+    **schemas.untranslate(family.hf, config),
+  }
+  plain = dataclasses.replace(
+    config, dtype='float32', remat='none', scan_unroll=1
+  )
+  if config_from_hf(attributes) != plain:
+    raise ValueError(f'a {family.name} config cannot say all of {plain}')
+  return attributes
+
+
+def family_like(config) -> tables.Family:
+  """Returns the first family whose config.json can say this config."""
+  for family in FAMILIES.values():
+    try:
+      config_to_hf(config, family=family)
+    except ValueError:
+      continue
+    return family
+  raise ValueError(
+    f'no family of {", ".join(FAMILIES)} has a config.json for {config}'
   )
 
 
@@ -98,14 +133,15 @@ def gguf_family(metadata: Mapping) -> tables.Family:
 # --- Tensors -----------------------------------------------------------------
 
 
-def from_hf(tensors: Mapping, config, *, family: tables.Family):
-  """Builds our parameters, in float32, from Hugging Face tensors.
+def hf_tensors(tensors: Mapping, config, *, family: tables.Family) -> dict:
+  """Returns those Hugging Face tensors that are parameters of the config.
 
-  `tensors` maps names to anything with a shape that `np.asarray` reads, so a
-  lazy file is never in memory as a whole.
+  All that do not fit are listed in one error. The names are those of the key
+  table, whatever prefix the checkpoint leaves out. `tensors` maps names to
+  anything with a shape that `np.asarray` reads: a lazy file will do.
   """
   hf_names = {key.paths: key.hf for key in family.keys}
-  head = hf_names['unembed']
+  head, embed = hf_names['unembed'], hf_names['embed/tokens']
   if family.hf_prefix and not any(
     name.startswith(family.hf_prefix) for name in tensors
   ):
@@ -114,44 +150,73 @@ def from_hf(tensors: Mapping, config, *, family: tables.Family):
       for name, value in tensors.items()
     }
   if config.tied and head in tensors:
-    embed = hf_names['embed/tokens']
-    if embed in tensors and np.array_equal(tensors[head], tensors[embed]):
-      tensors = {name: value for name, value in tensors.items() if name != head}
-    else:
+    if embed not in tensors or not np.array_equal(
+      tensors[head], tensors[embed]
+    ):
       raise ValueError(
         'config.json ties the unembedding (tie_word_embeddings) but '
         f'{head} differs from the embedding; set '
         'tie_word_embeddings to false if the checkpoint is right.'
       )
-  return layouts.read(
-    tensors,
-    _hf_table(family, config),
-    _sizes(config),
-    layers=config.num_layers,
-    harmless=family.harmless_tensors,
+    tensors = {name: value for name, value in tensors.items() if name != head}
+  return layouts.check(
+    tensors, hf_shapes(config, family=family), harmless=family.harmless_tensors
+  )
+
+
+def gguf_tensors(tensors: Mapping, config, *, family: tables.Family) -> dict:
+  """Returns the dequantized, row-major tensors by their Hugging Face names."""
+  table = _gguf_table(family, config)
+  layers = config.num_layers
+  wanted = layouts.tensor_shapes(table, _sizes(config), layers=layers)
+  tensors = layouts.check(tensors, wanted, harmless=r'(?!)')
+  both = zip(table, _hf_table(family, config), strict=True)
+  return {
+    hf: tensors[gguf]
+    for ours, theirs in both
+    for gguf, hf in zip(ours.names(layers), theirs.names(layers), strict=True)
+  }
+
+
+def hf_pieces(tensors: Mapping, config, *, family: tables.Family):
+  """Yields the `layouts.Piece`s of what `hf_tensors` returned."""
+  table = _hf_table(family, config)
+  return layouts.read(tensors, table, _sizes(config), layers=config.num_layers)
+
+
+def gguf_pieces(tensors: Mapping, config, *, family: tables.Family):
+  """Yields the `layouts.Piece`s of what `gguf_tensors` returned."""
+  both = zip(_gguf_table(family, config), _hf_table(family, config))
+  table = [ours._replace(name=theirs.name) for ours, theirs in both]
+  return layouts.read(tensors, table, _sizes(config), layers=config.num_layers)
+
+
+def hf_shapes(config, *, family: tables.Family) -> dict:
+  """Returns {name: shape} of all Hugging Face tensors of a model."""
+  return layouts.tensor_shapes(
+    _hf_table(family, config), _sizes(config), layers=config.num_layers
+  )
+
+
+def parameter_shapes(config, *, family: tables.Family) -> dict:
+  """Returns {path: shape} of all parameters of a model."""
+  return layouts.parameter_shapes(
+    _hf_table(family, config), _sizes(config), layers=config.num_layers
+  )
+
+
+def from_hf(tensors: Mapping, config, *, family: tables.Family):
+  """Builds our parameters, float32 numpy arrays, from Hugging Face tensors."""
+  tensors = hf_tensors(tensors, config, family=family)
+  return layouts.assemble(
+    hf_pieces(tensors, config, family=family),
+    parameter_shapes(config, family=family),
     dtype='float32',
   )
 
 
-def from_gguf(tensors: Mapping, config, *, family: tables.Family):
-  """Builds our parameters, in float32, from dequantized, row-major tensors."""
-  table = [
-    layouts.Row(key.gguf, key.gguf_layout or key.layout, key.paths.split())
-    for key in family.keys
-    if key.when(config)
-  ]
-  return layouts.read(
-    tensors,
-    table,
-    _sizes(config),
-    layers=config.num_layers,
-    harmless=r'(?!)',
-    dtype='float32',
-  )
-
-
-def to_hf(params: Mapping, config, *, family: tables.Family) -> dict:
-  """Returns the Hugging Face tensors of our parameters: `from_hf` reversed."""
+def to_hf(params: Mapping, config, *, family: tables.Family):
+  """Yields the Hugging Face (name, tensor) of our parameters, one by one."""
   return layouts.write(
     params, _hf_table(family, config), _sizes(config), layers=config.num_layers
   )
@@ -160,6 +225,19 @@ def to_hf(params: Mapping, config, *, family: tables.Family) -> dict:
 def _hf_table(family, config):
   return [
     layouts.Row(key.hf, key.layout, key.paths.split())
+    for key in family.keys
+    if key.when(config)
+  ]
+
+
+def _gguf_table(family, config):
+  """The table of GGUF files, whose rows are those of `_hf_table`."""
+  return [
+    layouts.Row(
+      key.gguf,
+      (family.gguf_interleaves and key.gguf_layout) or key.layout,
+      key.paths.split(),
+    )
     for key in family.keys
     if key.when(config)
   ]

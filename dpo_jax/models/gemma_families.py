@@ -18,12 +18,15 @@ _ONLY = (
   }
 )
 _HARMLESS = schemas.HF_HARMLESS | {'cache_implementation'}
+_WHOLE = frozenset(['query_pre_attn_scalar'])
 # Values that the config classes of transformers have for what is not said.
 _ABSENT = dict(
   head_dim=256, rope_theta=10000.0, attention_bias=False, tied=True
 )
 
 GEMMA = tables.Family(
+  name='gemma',
+  architecture='GemmaForCausalLM',
   fixed=_FIXED,
   hf=schemas.Schema(
     fields=_FIELDS | schemas.ROPE_FIELDS,
@@ -43,6 +46,8 @@ GEMMA = tables.Family(
 )
 
 GEMMA2 = tables.Family(
+  name='gemma2',
+  architecture='Gemma2ForCausalLM',
   fixed=_FIXED | dict(post_norms=True),
   hf=schemas.Schema(
     fields=_FIELDS
@@ -55,6 +60,7 @@ GEMMA2 = tables.Family(
     words=schemas.ROPE_WORDS,
     only=_ONLY,
     harmless=_HARMLESS,
+    whole=_WHOLE,
     absent=_ABSENT
     | dict(query_scalar=256.0, attention_cap=50.0, logit_cap=30.0),
     windows=schemas.Windows(
@@ -68,6 +74,8 @@ GEMMA2 = tables.Family(
 )
 
 GEMMA3 = tables.Family(
+  name='gemma3_text',
+  architecture='Gemma3ForCausalLM',
   fixed=_FIXED | dict(post_norms=True, qk_norm=True),
   hf=schemas.Schema(
     fields=_FIELDS
@@ -86,6 +94,7 @@ GEMMA3 = tables.Family(
       'rope_parameters.sliding_attention.rope_type': ('default',),
     },
     harmless=_HARMLESS | {'_sliding_window_pattern'},
+    whole=_WHOLE,
     absent=_ABSENT
     | dict(rope_theta=1e6, local_rope_theta=1e4, query_scalar=256.0),
     windows=schemas.Windows(

@@ -8,6 +8,8 @@ _QKV_BIAS = (
   'layers/attention/q_bias layers/attention/k_bias layers/attention/v_bias'
 )
 GPT2 = tables.Family(
+  name='gpt2',
+  architecture='GPT2LMHeadModel',
   fixed=dict(
     norm='layer',
     positions='learned',
@@ -74,6 +76,8 @@ GPT2 = tables.Family(
 )
 
 GPT_NEOX = tables.Family(
+  name='gpt_neox',
+  architecture='GPTNeoXForCausalLM',
   fixed=dict(norm='layer', positions='rotary', mlp='gelu_exact', mlp_bias=True),
   hf=schemas.Schema(
     fields=schemas.ROPE_FIELDS

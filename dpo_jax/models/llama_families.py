@@ -16,8 +16,8 @@ KEYS = (
     'D->D',
     'blk.{}.attn_norm.weight',
   ),
-  # GGUF rotates neighbouring rows where we rotate halves: row 2j + i of
-  # a query or key head in a GGUF file is our row i * H / 2 + j.
+  # Llama's GGUF rotates neighbouring rows where we rotate halves: row 2j + i
+  # of a query or key head in a GGUF file is our row i * H / 2 + j.
   tables.Key(
     'layers/attention/q',
     'model.layers.{}.self_attn.q_proj.weight',
@@ -78,12 +78,14 @@ KEYS = (
     'layers/attention/q_norm/scale',
     'model.layers.{}.self_attn.q_norm.weight',
     'H->H',
+    'blk.{}.attn_q_norm.weight',
     when=lambda config: config.qk_norm,
   ),
   tables.Key(
     'layers/attention/k_norm/scale',
     'model.layers.{}.self_attn.k_norm.weight',
     'H->H',
+    'blk.{}.attn_k_norm.weight',
     when=lambda config: config.qk_norm,
   ),
   # One name for two things: where there are post-norms it is the first of
@@ -158,7 +160,41 @@ FIELDS = {
 FIXED = dict(norm='rms', positions='rotary', mlp='swiglu', mlp_bias=False)
 _SILU = {'hidden_act': ('silu', 'swish')}
 
+
+def _gguf(name: str) -> schemas.Schema:
+  """The metadata of a GGUF file of this `general.architecture`."""
+  fields = {
+    'vocab_size': 'vocab_size',
+    'embedding_length': 'd_model',
+    'block_count': 'num_layers',
+    'attention.head_count': 'num_heads',
+    'attention.head_count_kv': 'num_kv_heads',
+    'attention.key_length': 'head_dim',
+    'attention.value_length': 'head_dim',
+    'rope.dimension_count': 'head_dim',
+    'feed_forward_length': 'd_ff',
+    'attention.layer_norm_rms_epsilon': 'norm_eps',
+    'context_length': 'max_positions',
+    'rope.freq_base': 'rope_theta',
+  }
+  only = {
+    'rope.scaling.type': ('none',),
+    'expert_count': (0,),
+    'expert_used_count': (0,),
+    'use_parallel_residual': (False,),
+  }
+  return schemas.Schema(
+    fields={f'{name}.{key}': field for key, field in fields.items()},
+    only={f'{name}.{key}': values for key, values in only.items()}
+    | {'split.count': (0, 1)},
+    harmless=frozenset(['split.no', 'split.tensors.count']),
+    absent=dict(rope_theta=10000.0),
+  )
+
+
 LLAMA = tables.Family(
+  name='llama',
+  architecture='LlamaForCausalLM',
   fixed=FIXED,
   hf=schemas.Schema(
     fields=FIELDS | schemas.ROPE_FIELDS | {'attention_bias': 'attention_bias'},
@@ -172,36 +208,15 @@ LLAMA = tables.Family(
     # The values LlamaConfig had before it wrote them down.
     absent=dict(rope_theta=10000.0, attention_bias=False, tied=False),
   ),
-  gguf=schemas.Schema(
-    fields={
-      'llama.vocab_size': 'vocab_size',
-      'llama.embedding_length': 'd_model',
-      'llama.block_count': 'num_layers',
-      'llama.attention.head_count': 'num_heads',
-      'llama.attention.head_count_kv': 'num_kv_heads',
-      'llama.attention.key_length': 'head_dim',
-      'llama.attention.value_length': 'head_dim',
-      'llama.rope.dimension_count': 'head_dim',
-      'llama.feed_forward_length': 'd_ff',
-      'llama.attention.layer_norm_rms_epsilon': 'norm_eps',
-      'llama.context_length': 'max_positions',
-      'llama.rope.freq_base': 'rope_theta',
-    },
-    only={
-      'llama.rope.scaling.type': ('none',),
-      'llama.expert_count': (0,),
-      'llama.expert_used_count': (0,),
-      'llama.use_parallel_residual': (False,),
-      'split.count': (0, 1),
-    },
-    harmless=frozenset(['split.no', 'split.tensors.count']),
-    absent=dict(rope_theta=10000.0),
-  ),
+  gguf=_gguf('llama'),
+  gguf_interleaves=True,
   keys=KEYS,
   harmless_tensors=HARMLESS_TENSORS,
 )
 
 MISTRAL = tables.Family(
+  name='mistral',
+  architecture='MistralForCausalLM',
   fixed=FIXED | dict(attention_bias=False),
   hf=schemas.Schema(
     fields=FIELDS | schemas.ROPE_FIELDS,
@@ -231,6 +246,8 @@ _QWEN_WINDOWS = schemas.Windows(
   ),
 )
 QWEN2 = tables.Family(
+  name='qwen2',
+  architecture='Qwen2ForCausalLM',
   fixed=FIXED | dict(attention_bias=True, out_bias=False),
   hf=schemas.Schema(
     fields=FIELDS | schemas.ROPE_FIELDS,
@@ -240,10 +257,13 @@ QWEN2 = tables.Family(
     absent=dict(rope_theta=10000.0, tied=False),
     windows=_QWEN_WINDOWS,
   ),
+  gguf=_gguf('qwen2'),
   keys=KEYS,
   harmless_tensors=HARMLESS_TENSORS,
 )
 QWEN3 = tables.Family(
+  name='qwen3',
+  architecture='Qwen3ForCausalLM',
   fixed=FIXED | dict(qk_norm=True),
   hf=schemas.Schema(
     fields=FIELDS | schemas.ROPE_FIELDS | {'attention_bias': 'attention_bias'},
@@ -255,6 +275,7 @@ QWEN3 = tables.Family(
     ),
     windows=_QWEN_WINDOWS,
   ),
+  gguf=_gguf('qwen3'),
   keys=KEYS,
   harmless_tensors=HARMLESS_TENSORS,
 )

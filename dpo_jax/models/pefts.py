@@ -89,17 +89,22 @@ def from_peft(tensors, ranks, config, *, family):
     ranks: {module of `linears`: R}; all of these and no others must be there.
   """
   _, sizes = families.adapted_rows(config, family=family)
-  return layouts.read(
-    tensors,
-    [
-      row
-      for linear in linears(config, family=family)
-      if linear.module in ranks
-      for row in linear.rows(ranks[linear.module])
-    ],
-    sizes,
-    layers=config.num_layers,
-    harmless=r'(?!)',
+  table = [
+    row
+    for linear in linears(config, family=family)
+    if linear.module in ranks
+    for row in linear.rows(ranks[linear.module])
+  ]
+  layers = config.num_layers
+  wanted = layouts.tensor_shapes(table, sizes, layers=layers)
+  return layouts.assemble(
+    layouts.read(
+      layouts.check(tensors, wanted, harmless=r'(?!)'),
+      table,
+      sizes,
+      layers=layers,
+    ),
+    layouts.parameter_shapes(table, sizes, layers=layers),
     dtype='float32',
   )
 
@@ -117,11 +122,13 @@ def to_peft(adapter, config, *, family):
     if pair is None:
       continue
     ranks[linear.module] = pair['a'].shape[-1]
-    tensors |= layouts.write(
-      adapter,
-      linear.rows(ranks[linear.module]),
-      sizes,
-      layers=config.num_layers,
+    tensors |= dict(
+      layouts.write(
+        adapter,
+        linear.rows(ranks[linear.module]),
+        sizes,
+        layers=config.num_layers,
+      )
     )
   return tensors, ranks
 

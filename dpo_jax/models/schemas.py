@@ -66,6 +66,18 @@ class Windows:
       )
     return {'window': window, 'windowed': tuple(windowed)}
 
+  def write(self, config) -> dict:
+    """Returns the attributes that `read` takes to the config's fields."""
+    windowed = config.windowed or (False,) * config.num_layers
+    says = {
+      'sliding_window': config.window,
+      'use_sliding_window': any(windowed),
+      'layer_types': [
+        'sliding_attention' if has else 'full_attention' for has in windowed
+      ],
+    }
+    return {name: value for name, value in says.items() if name in self.names}
+
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
@@ -79,6 +91,7 @@ class Schema:
   only: attribute -> the values under which our decoder is the same model.
   harmless: attributes that do not change what the model computes.
   absent: fields no attribute has to give, and the family's value for them.
+  whole: attributes that other readers want as integers, not as 256.0.
   windows: which layers have a sliding window, None: no family's has.
   """
 
@@ -87,6 +100,7 @@ class Schema:
   harmless: frozenset[str]
   absent: Mapping[str, object]
   words: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
+  whole: frozenset[str] = frozenset()
   windows: Windows | None = None
 
 
@@ -244,6 +258,39 @@ def translate(
   raise ValueError(
     f'{source} cannot be translated faithfully:\n  ' + '\n  '.join(problems)
   )
+
+
+def untranslate(schema: Schema, config) -> dict:
+  """Returns attributes that `translate` takes to this config.
+
+  Every name of an attribute is written, for readers of all years, but nothing
+  in `rope_parameters`, which old ones skip: new ones know the others, too.
+  """
+  defaults = {f.name: f.default for f in dataclasses.fields(config)}
+  attributes = {}
+  for name, field in schema.fields.items():
+    value, default = getattr(config, field), defaults[field]
+    place, _, inner = name.rpartition('.')
+    if place.startswith('rope_parameters') or (
+      place and (value == default or default is dataclasses.MISSING)
+    ):
+      continue
+    if name in schema.words:
+      words = schema.words[name].items()
+      value = next(word for word, meant in words if meant == value)
+    if name in schema.whole and value is not None and value == int(value):
+      value = int(value)
+    if place:
+      attributes.setdefault(place, {})[inner] = value
+    else:
+      attributes[name] = value
+  # Which function the mlp has is a word that others look for.
+  for name, values in schema.only.items():
+    if isinstance(values[0], str) and '.' not in name:
+      attributes[name] = values[0]
+  if schema.windows:
+    attributes |= schema.windows.write(config)
+  return attributes
 
 
 def _refusal(name, value, allowed) -> str:

@@ -23,7 +23,7 @@ class Key:
   hf: str
   layout: str
   gguf: str | None = None
-  gguf_layout: str | None = None  # None: as in Hugging Face.
+  gguf_layout: str | None = None  # where a family `gguf_interleaves`
   when: Callable[[transformer.TransformerConfig], bool] = lambda _: True
 
 
@@ -31,19 +31,25 @@ class Key:
 class Family:
   """What a family's checkpoints look like.
 
+  name: its `model_type`.
   fixed: config field -> value that all models of the family have.
   keys: the key table.
+  architecture: the class of transformers, which a config.json names.
   harmless_tensors: regular expression of tensors without learned numbers,
     which old checkpoints carry.
   hf_prefix: checkpoints of the bare decoder leave it out.
+  gguf_interleaves: its rows of a head are in the order of `gguf_layout`.
   """
 
+  name: str
   fixed: Mapping[str, object]
   hf: schemas.Schema
   keys: tuple[Key, ...]
+  architecture: str
   harmless_tensors: str = r'(?!)'
   hf_prefix: str = ''
   gguf: schemas.Schema | None = None
+  gguf_interleaves: bool = False
 
 
 def no_table(config) -> bool:

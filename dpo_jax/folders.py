@@ -1,0 +1,84 @@
+"""Files and folders that appear whole or not at all.
+
+They are written in a folder beside them and moved when they are complete, so
+nobody ever finds half of one under its final name. What a killed process left
+is removed by the next one that writes there.
+"""
+
+import contextlib
+import glob
+import os
+import pathlib
+import platform
+import shutil
+from collections.abc import Callable
+from collections.abc import Iterator
+
+
+def part_folder(path: pathlib.Path, pid) -> pathlib.Path:
+  """Returns where a process keeps what is not yet whole of `path`."""
+  # The host, because machines may share the folder but not their process ids.
+  return path.with_name(f'{path.name}.part-{platform.node()}-{pid}')
+
+
+def is_part(path: pathlib.Path) -> bool:
+  """Whether a folder is one of `part_folder`."""
+  return '.part-' in path.name
+
+
+def write_file(path: pathlib.Path, fill: Callable) -> None:
+  """Lets `fill` write in a folder of its own, then moves the file to `path`."""
+  with _part(path) as folder:
+    fill(folder / path.name)
+    os.replace(folder / path.name, path)
+
+
+@contextlib.contextmanager
+def whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields an empty folder to fill, which then takes the place of `folder`."""
+  folder = folder.absolute()
+  remove_stale(folder)
+  with _part(folder) as partial:
+    yield partial
+    if not folder.exists():
+      partial.rename(folder)
+      return
+    old = part_folder(folder.with_name(f'{folder.name}.old'), os.getpid())
+    folder.rename(old)
+    try:
+      partial.rename(folder)
+    except OSError:
+      old.rename(folder)
+      raise
+    shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _part(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  folder = part_folder(path, os.getpid())
+  folder.mkdir(parents=True)
+  try:
+    yield folder
+  finally:  # Also when the user interrupts.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale(path: pathlib.Path) -> None:
+  """Removes what processes that are no more have left of `path`."""
+  pattern = part_folder(pathlib.Path(glob.escape(path.name)), '*').name
+  for folder in path.parent.glob(pattern):
+    if not _is_another_alive(int(folder.name.rpartition('-')[2])):
+      shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_another_alive(pid: int) -> bool:
+  # Our own id on a folder that we find is that of a dead process before us.
+  if pid == os.getpid():
+    return False
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # Somebody else's process.
+    pass
+  return True
