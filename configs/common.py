@@ -77,6 +77,7 @@ ADAPTERS = {
     alpha=32.0,  # the adapter counts alpha / rank times
     init='a_zero',  # the factor that is zero at first: a_zero | b_zero
   ),
+  'peft': dict(kind='peft', source=''),  # one to go on with: PEFT's folder
 }
 
 
@@ -116,7 +117,8 @@ def training(arg):
   reference = arg['reference']
   if reference == 'auto':
     needed = any(table.get(name).reference for name in loss)
-    own = 'frozen' if arg['adapter'] == 'none' else 'adapter_off'
+    new = arg['adapter'] == 'lora'  # then the policy is the model without it
+    own = 'adapter_off' if new else 'frozen'
     reference = own if needed else 'none'
   config = ml_collections.ConfigDict()
   config.seed = 0  # of the data order and of sampling

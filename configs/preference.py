@@ -7,9 +7,9 @@ Arguments behind the colon, with what they may be:
   data: hh, tldr, jsonl        loss: a name of docs/losses.md, or a sum of
                                them, such as dpo+sft
   model: common.MODELS         optim: rmsprop (the DPO paper's), adamw
-  adapter: none, lora
-  reference: frozen, cached, ema, adapter_off, none; auto: frozen, or with an
-    adapter adapter_off, if the loss has one
+  adapter: none, lora, peft
+  reference: frozen, cached, ema, adapter_off, none; auto: frozen, or
+    adapter_off for a new adapter, if the loss has one
   debug: two steps of a tiny random model, seconds on a CPU
 """
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import urllib.request
 import zipfile
-from collections.abc import Callable
 
 import tqdm
 

@@ -55,12 +55,12 @@ def prepare(config, workdir):
   """Shows what training would read, keep and drop, and in which rows."""
   del workdir  # nothing is written but the data cache
   mesh = sharding.make_mesh(**config.mesh)
-  model_config, _, tokenizer = runs.open_model(config.model, mesh=mesh)
-  tokenizer = runs.templated(tokenizer, config.data.chat_template)
+  model = runs.open_source(config.model.source)
+  tokenizer = runs.templated(model.tokenizer, config.data.chat_template)
   terms = runs.bind_losses(config)
-  groups, report = runs.load_groups(config.data, tokenizer, model_config, terms)
+  groups, report = runs.load_groups(config.data, tokenizer, model.config, terms)
   plan = train.training_plan(
-    config, groups['train'], mesh, window=model_config.window
+    config, groups['train'], mesh, window=model.config.window
   )
   print(f'{report}\n\ntrain: {plan.summary()}')
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
+from dpo_jax import adapters
 from dpo_jax import evaluators
 from dpo_jax import fetch
 from dpo_jax import names
@@ -27,6 +28,7 @@ from dpo_jax.data import examples
 from dpo_jax.data import partners
 from dpo_jax.data import tokenizers
 from dpo_jax.losses import table
+from dpo_jax.models import families
 from dpo_jax.models import lora
 from dpo_jax.models import presets
 from dpo_jax.models import transformer
@@ -43,7 +45,11 @@ PACKAGES = {
 
 
 # Kind -> the other keys of a config's adapter section.
-ADAPTERS = {'none': (), 'lora': ('targets', 'rank', 'alpha', 'init')}
+ADAPTERS = {
+  'none': (),
+  'lora': ('targets', 'rank', 'alpha', 'init'),
+  'peft': ('source',),
+}
 
 
 @dataclasses.dataclass
@@ -54,8 +60,8 @@ class Run:
   `trained` was at the start, where something needs it (a frozen reference, the
   KL of samples), else None; an adapter that is off is None too. first_memory:
   of `objectives.first_memory`, placed. groups, ref_values: of each split.
-  evaluate: (trained, moving reference or None, memory) -> (values, sample
-  records).
+  evaluate: (params, moving ref or None, memory) of `train.State` -> (values,
+  sample records).
   """
 
   policy: 'Policy'
@@ -143,9 +149,9 @@ def set_up(config, mesh, *, splits=('train', 'test')):
           mesh,
           name=split,
         )
-  ref = None
+  start_ref = None
   if mode == 'frozen' or config.eval.samples.num_prompts:
-    ref = _copied(start(policy), model_config.dtype)
+    start_ref = _copied(start(policy), model_config.dtype)
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(
@@ -184,11 +190,11 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       **how,
     )
 
-  def evaluate(trained, moving, memory):
-    now, began = policy.variables(trained), policy.variables(ref)
+  def evaluate(params, ref, memory):
+    now, began = policy.variables(params), policy.variables(start_ref)
     values, samples = {}, []
     if evaluate_heldout:
-      against = began if moving is None else policy.variables(moving)
+      against = began if ref is None else policy.variables(ref)
       results = evaluate_heldout(now, against, memory)
       values |= {f'heldout/{name}': x for name, x in results.items()}
     if evaluate_samples:  # their KL is to where training began
@@ -199,7 +205,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   return Run(
     policy=policy,
     sums=sums,
-    ref=ref,
+    ref=start_ref,
     first_memory=first_memory,
     groups=groups,
     ref_values=ref_values,
@@ -295,30 +301,52 @@ def open_policy(config, mesh, *, workdir=''):
   """Opens the model with its adapter, if any: as it is in `workdir`, else new
   or as `config.init` says.
   """
-  adapter = dict(config.adapter)
-  kind = adapter.pop('kind')
-  keys = names.look_up(ADAPTERS, 'adapter.kind', kind)
-  if set(adapter) != set(keys):
-    raise ValueError(
-      f'adapter.kind {kind!r} takes {", ".join(keys) or "no other key"}, got'
-      f' {sorted(adapter)}; choose it behind the colon of --config'
-      f' (adapter={kind}), which brings its keys'
-    )
-  model_config, params, tokenizer = open_model(config.model, mesh=mesh)
-  base, trained, scale = None, params, 1.0
-  if kind == 'lora':
-    how = lora.Lora(**adapter)
-    base, scale = transformer.cast(params, model_config.dtype), how.scale
-    key = stream(config.seed, 'adapter')
-    boxed = lora.init_adapter(model_config, how, key)
+  section = dict(config.adapter)
+  alone = section['kind'] == 'none'
+  model_config, params, tokenizer = open_model(
+    config.model, mesh=mesh, param_dtype='float32' if alone else 'compute'
+  )
+  key = stream(config.seed, 'adapter')
+  trained, how = open_adapter(section, model_config, key=key)
+  base, scale = None, 1.0
+  if how is None:
+    trained = params
+  else:
+    boxed = lora.boxed(model_config, trained)
     shardings = sharding.parameter_shardings(boxed, mesh)
-    trained = jax.device_put(nn.unbox(boxed), shardings)
+    # A jitted copy owns its memory, which the step will donate.
+    copy = jax.jit(
+      lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings
+    )
+    base, trained, scale = params, copy(trained), how.scale
   saved = workdir or config.init
   if saved:
     check_kin(saved, config)
     _, items = workdirs.restore_newest(saved, {'params': trained})
     trained = items['params']
   return Policy(model_config, tokenizer, trained, base, scale)
+
+
+def open_adapter(section, model_config, *, key):
+  """Opens what `config.adapter` says: (adapter, lora.Lora), or Nones."""
+  section = dict(section)
+  kind = section.pop('kind')
+  keys = names.look_up(ADAPTERS, 'adapter.kind', kind)
+  if set(section) != set(keys):
+    raise ValueError(
+      f'adapter.kind {kind!r} takes {", ".join(keys) or "no other key"}, got'
+      f' {sorted(section)}; choose it behind the colon of --config'
+      f' (adapter={kind}), which brings its keys'
+    )
+  if kind == 'peft':
+    if not section['source']:
+      raise ValueError("set adapter.source to a folder of PEFT's")
+    family = families.family_like(model_config)
+    return adapters.load(section['source'], model_config, family=family)
+  if kind == 'lora':
+    how = lora.Lora(**section)
+    return lora.init_adapter(model_config, how, key), how
+  return None, None
 
 
 def check_kin(workdir, config):

@@ -472,7 +472,7 @@ def test_truncated_files_say_so(folder):
     load(folder, 'llama_untied')
   (folder / 'adapter_config.json').write_text('[]')
   with pytest.raises(
-    ValueError, match=r'adapter_config.json is no JSON object'
+    ValueError, match=r'adapter_config.json is not a JSON object'
   ):
     load(folder, 'llama_untied')
 

@@ -173,9 +173,9 @@ def test_eight_devices_equal_one():
       axis_types=(jax.sharding.AxisType.Auto,) * 3,
       devices=jax.devices()[:devices],
     )
-    boxed = lora.init_adapter(config, kind, jax.random.key(0))
-    shardings = sharding.parameter_shardings(boxed, mesh)
-    adapter = jax.device_put(nn.unbox(boxed), shardings)
+    adapter = lora.init_adapter(config, kind, jax.random.key(0))
+    boxed = lora.boxed(config, adapter)
+    adapter = jax.device_put(adapter, sharding.parameter_shardings(boxed, mesh))
     base = jax.device_put(worlds.params_of(config), sharding.replicated(mesh))
     tx, schedule = optax.adamw(3e-3), optax.constant_schedule(3e-3)
     sums = worlds.make_sums(config, reference='adapter_off')
@@ -245,7 +245,7 @@ def compiled(kind, reference, *, chunks=2, **changes):
   if kind is not None:
     base, scale = params, kind.scale
     trained = jax.eval_shape(
-      lambda: nn.unbox(lora.init_adapter(config, kind, jax.random.key(0)))
+      lambda: lora.init_adapter(config, kind, jax.random.key(0))
     )
   elif reference == 'frozen':
     ref = params

@@ -149,7 +149,6 @@ def test_a_killed_download_is_cleared_away_by_the_next(remote, tmp_path):
   program = textwrap.dedent("""
     import os, signal, sys
     from dpo_jax import fetch
-from dpo_jax import folders
     def kill(_, partial):
       partial.write_bytes(b'half')
       os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,5 @@
 """Adapters against the weights they stand for."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,7 @@ def make_lora(**changes):
 
 def make_adapter(config, kind=None):
   kind = kind or make_lora()
-  return nn.unbox(lora.init_adapter(config, kind, jax.random.key(1)))
+  return lora.init_adapter(config, kind, jax.random.key(1))
 
 
 def random_adapter(config, kind=None, size=0.1):
@@ -94,7 +93,7 @@ def test_targets_are_matched_as_a_whole():
 
 
 def test_axes_are_those_of_the_weight_and_the_rank():
-  boxed = lora.init_adapter(worlds.LLAMA, make_lora(), jax.random.key(0))
+  boxed = lora.boxed(worlds.LLAMA, make_adapter(worlds.LLAMA))
   out = boxed['layers']['attention']['out']
   assert out['a'].names == ('layers', 'heads', 'head_dim', 'rank')
   assert out['b'].names == ('layers', 'rank', 'embed')

@@ -13,6 +13,7 @@ Dimension key: L layers, R rank, I and O all inputs and outputs of a weight.
 """
 
 import dataclasses
+import math
 import re
 
 import flax.linen as nn
@@ -88,44 +89,50 @@ class Lora:
 
 
 def init_adapter(config, lora, key):
-  """Returns a float32 adapter whose product is zero, boxed with its axes.
+  """Returns a float32 adapter whose product is zero.
 
   What is not zero is normal: b with variance 1 / R, so that a first step of
   Adam moves the outputs about alpha / R times as far as one on the weights
   would; a with variance 1 / (3 I), that of the paper's code.
   """
-  boxed = jax.eval_shape(lambda: transformer.init_params(config, key))
+  weights = _weights(config)
   adapter = {}
-  for number, name in enumerate(lora.names(boxed['layers'])):
+  for number, name in enumerate(lora.names(weights)):
     group, last = name.split('/')
-    weight = boxed['layers'][group][last]
-    inputs = 1 + INPUTS[name]  # the first dimension is that of layers
-    shape, axes = weight.value.shape, weight.names
-    a = (*shape[:inputs], lora.rank), (*axes[:inputs], 'rank')
-    b = (
-      (shape[0], lora.rank, *shape[inputs:]),
-      (
-        axes[0],
-        'rank',
-        *axes[inputs:],
-      ),
-    )
-    draw = jax.random.normal(
-      jax.random.fold_in(key, number),
-      b[0] if lora.init == 'a_zero' else a[0],
-    )
-    size = 1
-    for dimension in shape[1:inputs]:
-      size *= dimension
-    if lora.init == 'a_zero':
-      values = jnp.zeros(a[0]), draw / lora.rank**0.5
-    else:
-      values = draw / (3 * size) ** 0.5, jnp.zeros(b[0])
-    adapter.setdefault(group, {})[last] = {
-      part: nn.LogicallyPartitioned(value, names)
-      for part, value, (_, names) in zip('ab', values, (a, b))
+    shape, inputs = weights[group][last].value.shape, 1 + INPUTS[name]
+    shapes = {
+      'a': (*shape[:inputs], lora.rank),
+      'b': (shape[0], lora.rank, *shape[inputs:]),
     }
+    drawn, variance = 'b', 1 / lora.rank
+    if lora.init == 'b_zero':
+      drawn, variance = 'a', 1 / (3 * math.prod(shape[1:inputs]))
+    pair = {part: jnp.zeros(shape) for part, shape in shapes.items()}
+    own = jax.random.fold_in(key, number)
+    pair[drawn] = variance**0.5 * jax.random.normal(own, shapes[drawn])
+    adapter.setdefault(group, {})[last] = pair
   return {'layers': adapter}
+
+
+def boxed(config, adapter):
+  """Boxes an adapter with the logical axes of the weights it is put on."""
+  weights, out = _weights(config), {}
+  for group, last, pair in _pairs(adapter):
+    axes, inputs = weights[group][last].names, 1 + INPUTS[f'{group}/{last}']
+    names = {
+      'a': (*axes[:inputs], 'rank'),
+      'b': (axes[0], 'rank', *axes[inputs:]),
+    }
+    out.setdefault(group, {})[last] = {
+      part: nn.LogicallyPartitioned(pair[part], names[part]) for part in 'ab'
+    }
+  return {'layers': out}
+
+
+def _weights(config):
+  """Shapes of the layers' parameters, boxed with their axes."""
+  key = jax.random.key(0)
+  return jax.eval_shape(lambda: transformer.init_params(config, key))['layers']
 
 
 def variables(base, trained, scale):
