@@ -6,8 +6,8 @@ special cases, so nothing above this file knows about masks.
 
 There are three forms, of the same values: `dense` for few slots, XLA loops
 over blocks (`attention_blocks`), and Pallas kernels for TPU (`attention_tpu`).
-Both of the latter skip blocks outside the intervals, and differentiate by
-recomputing scores from log-normalizers: rematerializing them again buys little.
+Both of the latter skip blocks outside the intervals, and keep the output and
+one log-normalizer a query and head for the backward pass.
 
 Dimension key: B rows, T query slots, S key slots, N query heads, K key/value
 heads, G = N / K, H head dim.
@@ -26,8 +26,9 @@ from dpo_jax import attention_tpu
 
 soft_cap = attention_blocks.soft_cap
 
-# With fewer queries or keys the dense form is as fast (experiments/LOG.md).
-FEW_QUERIES, FEW_KEYS = 64, 128
+# With fewer queries or keys the dense form is as fast (experiments/LOG.md); a
+# step of cached decoding has one query.
+FEW_SLOTS = 128
 # Blocks of the XLA form, measured on CPU (experiments/LOG.md).
 CPU_BLOCKS = dict(block_q=64, block_k=64)
 # A device that is slow to start small programs: all rows side by side, which
@@ -59,9 +60,18 @@ def interval_attention(
     [B, T, N, H] in the dtype of `value_BSKH`.
   """
   args = query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT
-  if query_BTNH.shape[1] < FEW_QUERIES or key_BSKH.shape[1] < FEW_KEYS:
+  if min(query_BTNH.shape[1], key_BSKH.shape[1]) < FEW_SLOTS:
     return dense(*args, scale=scale, cap=cap)
-  attend = functools.partial(blocked, scale, cap)
+  attend = blocked(
+    functools.partial(
+      _by_platform, attention_blocks.forward, attention_tpu.forward
+    ),
+    functools.partial(
+      _by_platform, attention_blocks.backward, attention_tpu.backward
+    ),
+    scale=scale,
+    cap=cap,
+  )
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return attend(*args)
@@ -118,53 +128,54 @@ def dense(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT, *, scale, cap):
   return out_BTKGH.reshape(B, T, N, H)
 
 
-def _on_this_platform(name, args, *, scale, cap):
-  """Calls `forward` or `backward` of the form of the platform compiled for."""
-
-  def form(module, **blocks):
-    return functools.partial(
-      getattr(module, name), scale=scale, cap=cap, **blocks
-    )
-
+def _by_platform(blocks, kernel, *args, scale, cap):
+  """Calls the form of the platform that the program is compiled for."""
   forms = {
-    'cpu': form(attention_blocks, **CPU_BLOCKS),
-    'default': form(attention_blocks, **WIDE_BLOCKS),
+    'cpu': functools.partial(blocks, **CPU_BLOCKS),
+    'default': functools.partial(blocks, **WIDE_BLOCKS),
   }
   if attention_tpu.fits(*args[:2]):
-    forms['tpu'] = form(attention_tpu)
+    forms['tpu'] = kernel
   if jax.default_backend() not in forms:
     _say_once(
       f'no fast attention on {jax.default_backend()} for queries'
-      f' {args[0].shape} and keys {args[1].shape} of {args[0].dtype}: the XLA'
+      f' {args[0].shape} and keys {args[1].shape} of {args[0].dtype}: an XLA'
       ' form runs, which skips nothing'
     )
-  return jax.lax.platform_dependent(*args, **forms)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def blocked(scale, cap, query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT):
-  """The form of the platform that the program is compiled for."""
-  args = query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT
-  return _forward(scale, cap, *args)[0]
-
-
-def _forward(scale, cap, *args):
-  out_BTNH, lse_BTN1 = _on_this_platform('forward', args, scale=scale, cap=cap)
-  return out_BTNH, (args, out_BTNH, lse_BTN1)
-
-
-def _backward(scale, cap, saved, dout_BTNH):
-  args, out_BTNH, lse_BTN1 = saved
-  delta_BTN1 = jnp.sum(
-    out_BTNH.astype(jnp.float32) * dout_BTNH, axis=-1, keepdims=True
+  return jax.lax.platform_dependent(
+    *args,
+    **{
+      platform: functools.partial(form, scale=scale, cap=cap)
+      for platform, form in forms.items()
+    },
   )
-  gradients = _on_this_platform(
-    'backward',
-    (*args, lse_BTN1, delta_BTN1, dout_BTNH),
-    scale=scale,
-    cap=cap,
-  )
-  return *gradients, None, None
 
 
-blocked.defvjp(_forward, _backward)
+def blocked(forward, backward, **options):
+  """Returns a function of (query, key, value, lo, hi) with gradients.
+
+  Args:
+    forward: as `attention_blocks.forward`.
+    backward: as `attention_blocks.backward`, of the same form.
+    **options: keywords of both, scale and cap among them.
+  """
+  forward = functools.partial(forward, **options)
+  backward = functools.partial(backward, **options)
+
+  @jax.custom_vjp
+  def attend(*args):
+    return forward(*args)[0]
+
+  def attend_forward(*args):
+    out_BTNH, lse_BTN1 = forward(*args)
+    return out_BTNH, (args, out_BTNH, lse_BTN1)
+
+  def attend_backward(saved, dout_BTNH):
+    args, out_BTNH, lse_BTN1 = saved
+    products = out_BTNH.astype(jnp.float32) * dout_BTNH
+    delta_BTN1 = products.sum(-1, keepdims=True)
+    # Intervals have no gradients.
+    return *backward(*args, lse_BTN1, delta_BTN1, dout_BTNH), None, None
+
+  attend.defvjp(attend_forward, attend_backward)
+  return attend

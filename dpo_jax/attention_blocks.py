@@ -211,7 +211,7 @@ def forward(
 
   See `_arranged` for the blocks, `attention.interval_attention` for the rest.
   """
-  B, T, N, H = query_BTNH.shape
+  B, T, N = query_BTNH.shape[:3]
   K = key_BSKH.shape[2]
   arranged = _arranged(
     [tiles(query_BTNH, K, block_q)],
@@ -278,7 +278,7 @@ def backward(
   `lse_BTN1` is from `forward`, `delta_BTN1` the sum over H of output times
   its gradient.
   """
-  B, T, N, H = query_BTNH.shape
+  B, T, N = query_BTNH.shape[:3]
   S, K = key_BSKH.shape[1:3]
   arranged = _arranged(
     [

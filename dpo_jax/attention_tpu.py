@@ -256,7 +256,7 @@ def _tile_spec(x_BIKHR, at):
 
 
 def _slots_spec(x, axis, block_k, at):
-  """One head's block of keys; slots are `axis` of [B, K, S, H] or [B, K, H, S]."""
+  """One head's block of keys; `axis` of its array has the slots."""
 
   def index(b, k, i, j, first, count):
     number = at(b, i, j, first, count)
