@@ -239,7 +239,7 @@ def test_what_has_no_fast_form_is_logged_once(monkeypatch, caplog):
   args = inputs(packed, queries=130, slots=130, heads=2, kv_heads=2)
   with caplog.at_level(logging.WARNING):
     for _ in range(2):
-      jax.make_jaxpr(lambda *xs: interval_attention(*xs))(*args)
+      jax.make_jaxpr(interval_attention)(*args)
   assert len(caplog.records) == 1
   assert 'skips nothing' in caplog.text
 
@@ -276,8 +276,7 @@ def test_each_device_attends_in_its_own_rows_and_heads():
   mesh, placed = on_mesh(jax.devices())
   shapes = [placed(x) for x in args]
   with sharding.use(mesh):
-    # Another function, or its trace without a mesh would be used again.
-    program = jax.jit(lambda *xs: with_gradients(*xs)).lower(*shapes).compile()
+    program = jax.jit(with_gradients).lower(*shapes).compile()
   assert not any(name in program.as_text() for name in COLLECTIVES)
   out = program(*(jax.device_put(x, s.sharding) for x, s in zip(args, shapes)))
   assert out[0].sharding.shard_shape(out[0].shape) == (2, 128, 2, 8)
@@ -289,7 +288,7 @@ def test_uneven_rows_take_the_dense_form(caplog):
   expected = jax.jit(interval_attention)(*args)
   mesh, _ = on_mesh(jax.devices())
   with sharding.use(mesh), caplog.at_level(logging.WARNING):
-    out = jax.jit(lambda *xs: interval_attention(*xs))(*args)
+    out = jax.jit(interval_attention)(*args)
   np.testing.assert_allclose(out, expected, atol=1e-5)
   assert 'dense form' in caplog.text
 
@@ -353,7 +352,7 @@ def test_kernels_of_a_mesh_compile_for_a_tpu(topology):
   args = inputs(packed, queries=512, slots=512, heads=4, kv_heads=2)
   args = [jnp.tile(x, (4,) + (1,) * (x.ndim - 1)) for x in args]
   with sharding.use(mesh):
-    lowered = jax.jit(lambda *xs: with_gradients(*xs)).lower(*map(placed, args))
+    lowered = jax.jit(with_gradients).lower(*map(placed, args))
     text = lowered.compile().as_text()
   # And once more forward, since it is under a checkpoint.
   assert text.count('custom_call_target="tpu_custom_call"') == 4
