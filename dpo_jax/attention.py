@@ -4,17 +4,36 @@ Every query attends to one contiguous interval of keys, `lo <= key < hi`.
 Causal, packed, prefix-shared rows (README, "Rows") and cached decoding are all
 special cases, so nothing above this file knows about masks.
 
+There are three forms, of the same values: `dense` for few slots, XLA loops
+over blocks (`attention_blocks`), and Pallas kernels for TPU (`attention_tpu`).
+Both of the latter skip blocks outside the intervals, and keep the output and
+one log-normalizer a query and head for the backward pass.
+
 Dimension key: B rows, T query slots, S key slots, N query heads, K key/value
 heads, G = N / K, H head dim.
 """
 
+import functools
+import logging
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dpo_jax import attention_blocks
+from dpo_jax import attention_tpu
 
-def soft_cap(x, cap):
-  """Squashes to (-cap, cap), smoothly (Gemma 2, arXiv:2408.00118); None: x."""
-  return x if cap is None else cap * jnp.tanh(x / cap)
+soft_cap = attention_blocks.soft_cap
+
+# With fewer queries or keys the dense form is as fast (experiments/LOG.md); a
+# step of cached decoding has one query.
+FEW_SLOTS = 128
+# Blocks of the XLA form, measured on CPU (experiments/LOG.md).
+CPU_BLOCKS = dict(block_q=64, block_k=64)
+# A device that is slow to start small programs: all rows side by side, which
+# skips nothing but never holds [T, S] either. Not measured.
+WIDE_BLOCKS = dict(block_q=256, block_k=None)
 
 
 def interval_attention(
@@ -24,6 +43,9 @@ def interval_attention(
 
   The softmax is float32 whatever the input dtype. An interval must not be
   empty: padding slots attend to themselves.
+
+  On a mesh of several devices the rows and heads must be laid out by the
+  logical axes `rows`, `heads` and `kv_heads`; each device does its own.
 
   Args:
     query_BTNH: queries; query heads are grouped by the key head they use.
@@ -37,24 +59,123 @@ def interval_attention(
   Returns:
     [B, T, N, H] in the dtype of `value_BSKH`.
   """
+  args = query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT
+  if min(query_BTNH.shape[1], key_BSKH.shape[1]) < FEW_SLOTS:
+    return dense(*args, scale=scale, cap=cap)
+  attend = blocked(
+    functools.partial(
+      _by_platform, attention_blocks.forward, attention_tpu.forward
+    ),
+    functools.partial(
+      _by_platform, attention_blocks.backward, attention_tpu.backward
+    ),
+    scale=scale,
+    cap=cap,
+  )
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return attend(*args)
+  specs = _specs(mesh, args)
+  if specs is None:
+    return dense(*args, scale=scale, cap=cap)
+  # Neither a kernel nor a loop over rows is partitioned by the compiler.
+  return jax.shard_map(
+    attend, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+  )(*args)
+
+
+def _specs(mesh, args):
+  """Returns the partition of each argument, or None where one is uneven."""
+  axes = [
+    ('rows', 'time', heads, 'head_dim')
+    for heads in ('heads', 'kv_heads', 'kv_heads')
+  ] + [('rows', 'time')] * 2
+  specs = tuple(nn.logical_to_mesh_axes(names) for names in axes)
+  for x, spec in zip(args, specs):
+    for size, names in zip(x.shape, spec):
+      names = (names,) if isinstance(names, str) else names or ()
+      shards = int(np.prod([mesh.shape[name] for name in names]))
+      if size % shards:
+        _say_once(
+          f'attention of {x.shape} is not evenly laid out as {spec} on'
+          f' {dict(mesh.shape)}: the dense form runs'
+        )
+        return None
+  return specs
+
+
+@functools.cache
+def _say_once(message):
+  logging.getLogger(__name__).warning(message)
+
+
+def dense(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT, *, scale, cap):
+  """The plain form, with all scores at once."""
   B, T, N, H = query_BTNH.shape
   S, K = key_BSKH.shape[1:3]
   query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
-  scores_BKGTS = (
-    jnp.einsum(
-      'BTKGH,BSKH->BKGTS',
-      query_BTKGH,
-      key_BSKH,
-      preferred_element_type=jnp.float32,
-    )
-    * scale
+  scores_BKGTS = attention_blocks.product(
+    'BTKGH,BSKH->BKGTS', query_BTKGH, key_BSKH
   )
-  scores_BKGTS = soft_cap(scores_BKGTS, cap)
+  scores_BKGTS = soft_cap(scores_BKGTS * scale, cap)
   slot_S = jnp.arange(S)
   visible_BTS = (slot_S >= lo_BT[..., None]) & (slot_S < hi_BT[..., None])
   scores_BKGTS = jnp.where(
-    visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min
+    visible_BTS[:, None, None], scores_BKGTS, attention_blocks.MASKED
   )
   weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
   out_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, value_BSKH)
   return out_BTKGH.reshape(B, T, N, H)
+
+
+def _by_platform(blocks, kernel, *args, scale, cap):
+  """Calls the form of the platform that the program is compiled for."""
+  forms = {
+    'cpu': functools.partial(blocks, **CPU_BLOCKS),
+    'default': functools.partial(blocks, **WIDE_BLOCKS),
+  }
+  if attention_tpu.fits(*args[:2]):
+    forms['tpu'] = kernel
+  if jax.default_backend() not in forms:
+    _say_once(
+      f'no fast attention on {jax.default_backend()} for queries'
+      f' {args[0].shape} and keys {args[1].shape} of {args[0].dtype}: an XLA'
+      ' form runs, which skips nothing'
+    )
+  return jax.lax.platform_dependent(
+    *args,
+    **{
+      platform: functools.partial(form, scale=scale, cap=cap)
+      for platform, form in forms.items()
+    },
+  )
+
+
+def blocked(forward, backward, **options):
+  """Returns a function of (query, key, value, lo, hi) with gradients.
+
+  Args:
+    forward: as `attention_blocks.forward`.
+    backward: as `attention_blocks.backward`, of the same form.
+    **options: keywords of both, scale and cap among them.
+  """
+  forward = functools.partial(forward, **options)
+  backward = functools.partial(backward, **options)
+
+  @jax.custom_vjp
+  def attend(*args):
+    return forward(*args)[0]
+
+  def attend_forward(*args):
+    out_BTNH, lse_BTN1 = forward(*args)
+    return out_BTNH, (args, out_BTNH, lse_BTN1)
+
+  def attend_backward(saved, dout_BTNH):
+    args, out_BTNH, lse_BTN1 = saved
+    products = out_BTNH.astype(jnp.float32) * dout_BTNH
+    delta_BTN1 = products.sum(-1, keepdims=True)
+    # Intervals have no gradients.
+    return *backward(*args, lse_BTN1, delta_BTN1, dout_BTNH), None, None
+
+  attend.defvjp(attend_forward, attend_backward)
+  return attend

@@ -13,7 +13,14 @@ from dpo_jax.losses import table
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'dpo_jax'
 
-DEVICE_MATHS = {'attention', 'losses', 'logps', 'sampling'}
+DEVICE_MATHS = {
+  'attention',
+  'attention_blocks',
+  'attention_tpu',
+  'losses',
+  'logps',
+  'sampling',
+}
 HOST = {'data', 'rewards', 'report', 'constraints'}
 # What a room's files must not import: names of packages, or of modules of ours.
 MACHINE = {

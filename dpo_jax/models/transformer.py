@@ -40,7 +40,7 @@ GATED_MLPS = {'swiglu': nn.silu, 'geglu': _gelu_tanh}
 PLAIN_MLPS = {'gelu': _gelu_tanh, 'gelu_exact': _gelu_exact}
 MLPS = (*GATED_MLPS, *PLAIN_MLPS)
 DTYPES = ('float32', 'bfloat16', 'float16')
-REMATS = ('none', 'attention', 'full')
+REMATS = ('none', 'full')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class TransformerConfig:
   attention_cap: float | None = None  # soft cap of scores (Gemma 2)
   logit_cap: float | None = None  # soft cap of logits, see `logps` (Gemma 2)
   dtype: str = 'float32'  # of the computation; parameters stay float32
-  remat: str = 'none'  # what the backward pass recomputes
+  remat: str = 'none'  # what the backward pass recomputes: 'full', whole layers
   scan_unroll: int = 1  # layers per iteration of the layer loop
 
   def __post_init__(self):
@@ -232,12 +232,15 @@ class Attention(nn.Module):
       }
       keys, values = cache['key'][layer], cache['value'][layer]
     scalar = cfg.head_dim if cfg.query_scalar is None else cfg.query_scalar
-    attend = functools.partial(
-      attention.interval_attention, scale=scalar**-0.5, cap=cfg.attention_cap
+    out_BTNH = attention.interval_attention(
+      query_BTNH,
+      keys,
+      values,
+      lo_BT,
+      hi_BT,
+      scale=scalar**-0.5,
+      cap=cfg.attention_cap,
     )
-    if cfg.remat == 'attention':
-      attend = jax.checkpoint(attend, prevent_cse=False)
-    out_BTNH = attend(query_BTNH, keys, values, lo_BT, hi_BT)
     out_BTD = _linear(
       self, 'out', out_BTNH, {'heads': N, 'head_dim': H}, {'embed': D}
     )
