@@ -17,7 +17,7 @@ MODELS = {
   'pythia-1.4b': dict(source='hf:EleutherAI/pythia-1.4b'),
   'pythia-2.8b': dict(source='hf:EleutherAI/pythia-2.8b'),
   'pythia-6.9b': dict(source='hf:EleutherAI/pythia-6.9b'),
-  # Instruct, from the package index; see `runs.PACKAGES`.
+  # Instruct, from the package index; see `policies.PACKAGES`.
   'smollm2-135m': dict(source='smollm2-135m'),
   'smollm2-360m': dict(source='hf:HuggingFaceTB/SmolLM2-360M'),
   'smollm2-1.7b': dict(source='hf:HuggingFaceTB/SmolLM2-1.7B'),

@@ -88,7 +88,7 @@ def load(folder, config, *, family):
 
 
 def save(folder, adapter, kind, config, *, family, base, overwrite=False):
-  """Writes a folder that PEFT loads; it appears whole or not at all.
+  """Writes a folder that PEFT loads, whole or not at all: {file: bytes}.
 
   Args:
     folder: must not exist, unless `overwrite` and PEFT's.
@@ -96,16 +96,7 @@ def save(folder, adapter, kind, config, *, family, base, overwrite=False):
     kind: `lora.Lora`, of which the scale counts; ranks are the adapter's.
     base: name or path of the model under the adapter.
   """
-  folder = pathlib.Path(folder).expanduser()
-  if folder.exists() and not overwrite:
-    raise FileExistsError(
-      f'{folder} exists; give another name, or overwrite it.'
-    )
-  if folder.exists() and not (folder / CONFIG).is_file():
-    raise FileExistsError(
-      f'{folder} is not overwritten, for it has no {CONFIG}: it holds'
-      ' something other than an adapter.'
-    )
+  folder = check_target(folder, overwrite=overwrite)
   tensors, ranks = pefts.to_peft(adapter, config, family=family)
   attributes = _describe(
     ranks, kind, pefts.linears(config, family=family), base
@@ -117,6 +108,22 @@ def save(folder, adapter, kind, config, *, family, base, overwrite=False):
     (partial / CONFIG).write_text(
       json.dumps(attributes, indent=2) + '\n', encoding='utf-8'
     )
+    return {path.name: path.stat().st_size for path in partial.iterdir()}
+
+
+def check_target(folder, *, overwrite):
+  """Returns the path to write to, or refuses what is there."""
+  folder = pathlib.Path(folder).expanduser()
+  if folder.exists() and not overwrite:
+    raise FileExistsError(
+      f'{folder} exists; give another name, or overwrite it.'
+    )
+  if folder.exists() and not (folder / CONFIG).is_file():
+    raise FileExistsError(
+      f'{folder} is not overwritten, for it has no {CONFIG}: it holds'
+      ' something other than an adapter.'
+    )
+  return folder
 
 
 # --- Reading -----------------------------------------------------------------

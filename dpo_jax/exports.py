@@ -14,22 +14,17 @@ its final name there is never half of one.
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 
 from dpo_jax import folders
-from dpo_jax import runs
 from dpo_jax import weights
-from dpo_jax import workdirs
 from dpo_jax.models import families
-from dpo_jax.models import layouts
 
 # --dtype: what numbers are stored as; auto is the source's type of each tensor.
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
@@ -61,104 +56,18 @@ class Written:
   dtypes: dict[str, int]
 
 
-def convert(
-  source, folder, *, dtype='auto', shard_size='5GB', overwrite=False
-) -> str:
-  """Makes a Hugging Face folder of any source; returns an account of it.
-
-  Args:
-    source: see `read`.
-    folder: to write.
-    dtype: one of `DTYPES`.
-    shard_size: bytes a file holds at most, as a text such as '500MB'.
-    overwrite: replace a model that is in the folder already.
-  """
-  if dtype not in DTYPES:
-    raise ValueError(f'dtype is {dtype!r}; use one of {", ".join(DTYPES)}')
-  size = parse_size(shard_size)
-  check_target(pathlib.Path(folder).expanduser(), overwrite=overwrite)
-  model = read(source)
-  if dtype != 'auto':
-    kinds = dict.fromkeys(model.dtypes, weights.dtype_named(dtype))
-    model = dataclasses.replace(model, dtypes=kinds)
-  written = write(model, folder, shard_size=size, overwrite=overwrite)
-  return _account(model, folder, written)
-
-
-def read(source) -> Model:
-  """Reads a model: what `runs.open_source` takes, or the workdir of a run."""
-  if _is_run(source):
-    return _read_run(str(source))
-  checkpoint = runs.open_source(source)
-  shapes = _shapes(checkpoint)
-  number = sum(int(np.prod(shape)) for shape in shapes.values())
-  with tqdm.tqdm(total=number, desc='reading', unit_scale=True) as bar:
-
-    def progress(pieces):
-      for piece in pieces:
-        bar.update(piece.array.size)
-        yield piece
-        del piece
-
-    params = weights.assemble(checkpoint, progress=progress)
-  if checkpoint.tensors is None:
-    return with_parameters(checkpoint, params)
-  tensors = [checkpoint.tensors[name] for name in shapes]
-  return Model(
-    checkpoint,
-    params,
-    dtypes={name: t.dtype for name, t in zip(shapes, tensors)},
-    stored=collections.Counter(tensor.stored for tensor in tensors),
-  )
-
-
 def with_parameters(checkpoint, params) -> Model:
   """Returns a model with parameters of ours, to be written as float32."""
-  kind, names = weights.dtype_named('float32'), list(_shapes(checkpoint))
+  kind, names = weights.dtype_named('float32'), list(tensor_shapes(checkpoint))
   return Model(
     checkpoint, params, dict.fromkeys(names, kind), {kind.name: len(names)}
   )
 
 
-def _is_run(source) -> bool:
-  folder = pathlib.Path(source).expanduser()
-  return (folder / 'checkpoints').is_dir() and 'model' in workdirs.read_config(
-    str(folder)
-  )
-
-
-def _read_run(workdir: str) -> Model:
-  """Reads the newest checkpoint of a run; its config says of which model."""
-  workdir = os.path.expanduser(workdir)
-  config = workdirs.read_config(workdir)
-  opened = runs.open_source(config['model']['source'])
-  tokenizer = opened.tokenizer
-  if tokenizer is not None:
-    template = config['data']['chat_template']
-    tokenizer = runs.templated(tokenizer, template)
-  # Any device will do, and the host's memory is the largest.
-  place = jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])
-  like = layouts.tree(
-    {
-      path: jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
-      for path, shape in opened.shapes.items()
-    }
-  )
-  step, items = workdirs.restore_newest(workdir, {'params': like})
-  checkpoint = dataclasses.replace(
-    opened,
-    source=f'{workdir}, step {step}, of {opened.source}',
-    tokenizer=tokenizer,
-  )
-  return with_parameters(checkpoint, items['params'])
-
-
-def _shapes(checkpoint):
+def tensor_shapes(checkpoint):
+  """{Hugging Face name: shape} of all tensors of a model."""
   family = families.family_of(checkpoint.family)
   return families.hf_shapes(checkpoint.config, family=family)
-
-
-# --- Writing -----------------------------------------------------------------
 
 
 def write(
@@ -241,7 +150,7 @@ def _write_tensors(model, folder, shard_size) -> None:
   """
   config = model.checkpoint.config
   family = families.family_of(model.checkpoint.family)
-  shapes, dtypes = _shapes(model.checkpoint), model.dtypes
+  shapes, dtypes = tensor_shapes(model.checkpoint), model.dtypes
   sizes = {
     name: int(np.prod(shape)) * dtypes[name].itemsize
     for name, shape in shapes.items()
@@ -292,7 +201,7 @@ def _attributes(model) -> dict:
     attributes |= _ids(checkpoint.tokenizer)
   # Most numbers are of this type; transformers loads all of them as it.
   sizes = collections.Counter()
-  for name, shape in _shapes(checkpoint).items():
+  for name, shape in tensor_shapes(checkpoint).items():
     sizes[model.dtypes[name].name] += int(np.prod(shape))
   ((largest, _),) = sizes.most_common(1)
   # The first is what it was called until transformers 4.56.
@@ -314,29 +223,3 @@ def _ids(tokenizer) -> dict:
     'bos_token_id': tokenizer.bos_id,
     'eos_token_id': ends if len(ends) > 1 else ends[0],
   }
-
-
-def _account(model, folder, written) -> str:
-  checkpoint, tokenizer = model.checkpoint, model.checkpoint.tokenizer
-  shapes = _shapes(checkpoint)
-  has = 'none'
-  if tokenizer is not None:
-    template = 'no' if tokenizer.template is None else 'a'
-    has = f'{tokenizer.vocab_size:,} tokens, {template} chat template'
-  number = sum(int(np.prod(shape)) for shape in shapes.values())
-  files = '\n'.join(
-    f'    {name:34} {size:16,} bytes' for name, size in written.files.items()
-  )
-  return (
-    f'read {checkpoint.source}\n'
-    f'    family      {checkpoint.family}\n'
-    f'    parameters  {number:,} in {len(shapes):,} tensors\n'
-    f'    stored as   {_counts(model.stored)}\n'
-    f'    tokenizer   {has}\n'
-    f'wrote {folder}: {sum(written.files.values()):,} bytes, tensors as'
-    f' {_counts(written.dtypes)}\n{files}'
-  )
-
-
-def _counts(kinds) -> str:
-  return ', '.join(f'{kind} ({number})' for kind, number in kinds.items())

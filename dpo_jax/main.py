@@ -22,10 +22,12 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from dpo_jax import conversions
 from dpo_jax import evaluators
 from dpo_jax import exports
 from dpo_jax import names
 from dpo_jax import online
+from dpo_jax import policies
 from dpo_jax import runs
 from dpo_jax import sampling
 from dpo_jax import settings
@@ -45,6 +47,12 @@ DTYPE = flags.DEFINE_enum(
 SHARD_SIZE = flags.DEFINE_string(
   'shard_size', '5GB', 'convert: how large a file may get.'
 )
+ADAPTER = flags.DEFINE_string(
+  'adapter', '', "convert: PEFT's folder, to merge into the model."
+)
+MERGE = flags.DEFINE_bool(
+  'merge', False, 'convert: merge what a run of an adapter trained.'
+)
 OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'convert: replace a model that is there.'
 )
@@ -55,8 +63,8 @@ def prepare(config, workdir):
   """Shows what training would read, keep and drop, and in which rows."""
   del workdir  # nothing is written but the data cache
   mesh = sharding.make_mesh(**config.mesh)
-  model = runs.open_source(config.model.source)
-  tokenizer = runs.templated(model.tokenizer, config.data.chat_template)
+  model = policies.open_source(config.model.source)
+  tokenizer = policies.templated(model.tokenizer, config.data.chat_template)
   terms = runs.bind_losses(config)
   groups, report = runs.load_groups(config.data, tokenizer, model.config, terms)
   plan = train.training_plan(
@@ -72,7 +80,7 @@ def sample(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   if workdir:
     workdirs.check_same(workdir, config, ('model', 'adapter'))
-  policy = runs.open_policy(config, mesh, workdir=workdir or '')
+  policy = policies.open_policy(config, mesh, workdir=workdir or '')
   tokenizer = policy.tokenizer
   how = config.eval.samples
   repeated = [
@@ -82,7 +90,7 @@ def sample(config, workdir):
     policy.config,
     policy.variables(policy.trained),
     examples.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
-    key=runs.stream(config.seed, 'sample'),
+    key=policies.stream(config.seed, 'sample'),
     max_new_tokens=how.max_new_tokens,
     temperature=how.temperature,
     top_p=how.top_p,
@@ -126,7 +134,7 @@ def online_and_print(config, workdir):
 
 
 def convert(arguments):
-  """Writes what a model.source or a workdir has as a Hugging Face folder."""
+  """Writes a model or an adapter as a folder; see `conversions`."""
   if len(arguments) != 2:
     raise ValueError(
       'convert needs what to read and the folder to write: dpo-jax convert'
@@ -135,8 +143,10 @@ def convert(arguments):
   # An accelerator is of no use here and may be busy.
   jax.config.update('jax_platforms', 'cpu')
   print(
-    exports.convert(
+    conversions.convert(
       *arguments,
+      adapter=ADAPTER.value,
+      merge=MERGE.value,
       dtype=DTYPE.value,
       shard_size=SHARD_SIZE.value,
       overwrite=OVERWRITE.value,

@@ -27,6 +27,7 @@ import tqdm
 from dpo_jax import constraints
 from dpo_jax import evaluators
 from dpo_jax import metrics
+from dpo_jax import policies
 from dpo_jax import report
 from dpo_jax import rewards
 from dpo_jax import runs
@@ -244,7 +245,7 @@ def write_pairs(
   times cost where there is a `cost`.
   """
   mesh = sharding.make_mesh(**config.mesh)
-  policy = runs.open_policy(config, mesh)
+  policy = policies.open_policy(config, mesh)
   tokenizer = policy.tokenizer
   repeated = [text for text in prompts for _ in range(samples_per_prompt)]
   with tqdm.tqdm(total=len(repeated), desc='sample') as progress:
@@ -254,7 +255,7 @@ def write_pairs(
       examples.encode_prompts(
         repeated, tokenizer, config.data.max_prompt_tokens
       ),
-      key=runs.stream(config.seed, 'rollout'),
+      key=policies.stream(config.seed, 'rollout'),
       max_new_tokens=max_new_tokens,
       temperature=temperature,
       top_p=top_p,

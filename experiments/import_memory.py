@@ -26,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 
 from dpo_jax import exports
-from dpo_jax import runs
+from dpo_jax import policies
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import weights
@@ -79,7 +79,7 @@ def read(folder, param_dtype):
   jax.block_until_ready(jax.numpy.zeros(1))
   kind = 'float32' if param_dtype == 'float32' else 'compute'
   before, start = memory(), time.perf_counter()
-  _, params, _ = runs.open_model(model, mesh=mesh, param_dtype=kind)
+  _, params, _ = policies.open_model(model, mesh=mesh, param_dtype=kind)
   jax.block_until_ready(params)
   seconds, after = time.perf_counter() - start, memory()
   tensors = weights.open_checkpoint(folder).tensors.values()

@@ -13,7 +13,7 @@ import pytest
 
 from dpo_jax import evaluators
 from dpo_jax import metrics
-from dpo_jax import runs
+from dpo_jax import policies
 from dpo_jax import sampling
 from dpo_jax import sharding
 from dpo_jax import train
@@ -64,11 +64,11 @@ def test_only_factors_are_trained_and_saved(adapted):
   for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
     assert path[-1].key in 'ab' and np.any(leaf)  # both have moved
   mesh = sharding.make_mesh(**config.mesh)
-  policy = runs.open_policy(config, mesh, workdir=str(workdir))
+  policy = policies.open_policy(config, mesh, workdir=str(workdir))
   jax.tree.map(np.testing.assert_array_equal, policy.trained, trained)
   step, items = workdirs.restore_newest(workdir, {'params': policy.trained})
   assert step == 4 and set(items) == {'params'}
-  _, params, _ = runs.open_model(config.model, mesh=mesh)
+  _, params, _ = policies.open_model(config.model, mesh=mesh)
   jax.tree.map(np.testing.assert_array_equal, policy.base, params)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dpo_jax import runs
+from dpo_jax import policies
 from dpo_jax import weights
 from dpo_jax.data import batches
 from dpo_jax.data import builders
@@ -127,7 +127,7 @@ def test_harmless_base_fills_its_rows(shared, tmp_path):
 
 @pytest.mark.slow
 def test_harmless_base_fills_its_rows_with_smollm2(shared, tmp_path):
-  tokenizer = weights.load(runs.package_file('smollm2-135m')).tokenizer
+  tokenizer = weights.load(policies.package_file('smollm2-135m')).tokenizer
   check_harmless_base(shared, tokenizer, tmp_path)
 
 

@@ -46,9 +46,9 @@ def test_tokens_are_those_of_transformers(name):
 def test_tokens_of_smollm2_are_those_of_transformers():
   import gguf
 
-  from dpo_jax import runs
+  from dpo_jax import policies
 
-  fields = gguf.GGUFReader(runs.package_file('smollm2-135m')).fields
+  fields = gguf.GGUFReader(policies.package_file('smollm2-135m')).fields
   metadata = {name: field.contents() for name, field in fields.items()}
   check_tokens('smollm2', tokenizers.from_gguf(metadata))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dpo_jax import conversions
 from dpo_jax import exports
 from dpo_jax import fetch
 from dpo_jax import weights
@@ -44,7 +45,7 @@ def assert_same_tensors(one, two):
 @pytest.mark.parametrize('shard_size', ['5GB', '9KB'])
 @pytest.mark.parametrize('name', families_test.NAMES)
 def test_import_then_export_is_bit_identical(tmp_path, name, shard_size):
-  exports.convert(GOLDEN / name, tmp_path / 'out', shard_size=shard_size)
+  conversions.convert(GOLDEN / name, tmp_path / 'out', shard_size=shard_size)
   files = list((tmp_path / 'out').glob('*.safetensors'))
   assert (len(files) > 1) == (shard_size == '9KB')
   assert_same_tensors(tensors_of(GOLDEN / name), tensors_of(tmp_path / 'out'))
@@ -74,7 +75,7 @@ def mixed(tmp_path):
 
 @pytest.mark.parametrize('shard_size', [10**9, 3000])
 def test_every_tensor_keeps_its_stored_type(tmp_path, mixed, shard_size):
-  text = exports.convert(mixed, tmp_path / 'out', shard_size=shard_size)
+  text = conversions.convert(mixed, tmp_path / 'out', shard_size=shard_size)
   assert_same_tensors(tensors_of(mixed), tensors_of(tmp_path / 'out'))
   assert 'BF16 (14), F32 (5), F16 (1)' in ' '.join(text.split())
   read = json.loads((tmp_path / 'out' / 'config.json').read_text())
@@ -85,7 +86,7 @@ def test_every_tensor_keeps_its_stored_type(tmp_path, mixed, shard_size):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_another_type_may_be_asked_for(tmp_path, mixed, dtype):
-  exports.convert(mixed, tmp_path / 'out', dtype=dtype)
+  conversions.convert(mixed, tmp_path / 'out', dtype=dtype)
   kind = weights.dtype_named(dtype)
   expected = {
     name: tensor.astype(np.float32).astype(kind)
@@ -95,14 +96,14 @@ def test_another_type_may_be_asked_for(tmp_path, mixed, dtype):
   read = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert read['dtype'] == dtype
   with pytest.raises(ValueError, match=r"dtype is 'int8'; use one of auto, fl"):
-    exports.convert(mixed, tmp_path / 'other', dtype='int8')
+    conversions.convert(mixed, tmp_path / 'other', dtype='int8')
 
 
 @pytest.mark.parametrize('quantization', ['F16', 'Q8_0'])
 def test_a_gguf_file_becomes_a_folder(tmp_path, quantization):
   kind = weights_test.gguf.GGMLQuantizationType[quantization]
   weights_test.write_gguf(tmp_path / 'm.gguf', quantization=kind)
-  exports.convert(tmp_path / 'm.gguf', tmp_path / 'out')
+  conversions.convert(tmp_path / 'm.gguf', tmp_path / 'out')
   before = weights.load(tmp_path / 'm.gguf')
   after = weights.load(tmp_path / 'out')
   assert after.config == before.config
@@ -118,13 +119,13 @@ def test_a_gguf_file_becomes_a_folder(tmp_path, quantization):
 
 
 def test_random_models_are_exported_with_their_tokenizer(tmp_path):
-  text = exports.convert('debug-llama', tmp_path / 'out')
+  text = conversions.convert('debug-llama', tmp_path / 'out')
   assert 'family      llama' in text and '257 tokens, no chat template' in text
   loaded = weights.load(tmp_path / 'out')
   assert loaded.tokenizer.encode('é') == list('é'.encode())
   assert loaded.tokenizer.eos_id == 256
   weights_test.assert_trees_equal(
-    loaded.params, exports.read('debug-llama').params
+    loaded.params, conversions.read('debug-llama').params
   )
 
 
@@ -158,11 +159,11 @@ def test_a_folder_is_replaced_only_when_asked_and_only_by_a_complete_one(
   tmp_path, monkeypatch
 ):
   out = tmp_path / 'out'
-  exports.convert(GOLDEN / 'llama_tied', out)
+  conversions.convert(GOLDEN / 'llama_tied', out)
   with pytest.raises(
     ValueError, match=r'out exists; .* --overwrite to replace'
   ):
-    exports.convert(GOLDEN / 'gpt2', out)
+    conversions.convert(GOLDEN / 'gpt2', out)
   before = tensors_of(out)
 
   def full(model, folder, shard_size):
@@ -173,14 +174,14 @@ def test_a_folder_is_replaced_only_when_asked_and_only_by_a_complete_one(
   with monkeypatch.context() as patch:
     patch.setattr(exports, '_write_tensors', full)
     with pytest.raises(OSError, match='No space left'):
-      exports.convert(GOLDEN / 'gpt2', out, overwrite=True)
+      conversions.convert(GOLDEN / 'gpt2', out, overwrite=True)
     with pytest.raises(OSError, match='No space left'):
-      exports.convert(GOLDEN / 'gpt2', tmp_path / 'new')
+      conversions.convert(GOLDEN / 'gpt2', tmp_path / 'new')
   assert listing(tmp_path) == ['out']
   assert_same_tensors(before, tensors_of(out))
-  exports.convert(GOLDEN / 'gpt2', out, overwrite=True)
+  conversions.convert(GOLDEN / 'gpt2', out, overwrite=True)
   assert_same_tensors(tensors_of(GOLDEN / 'gpt2'), tensors_of(out))
-  exports.convert(out, out, dtype='bfloat16', overwrite=True)  # onto itself
+  conversions.convert(out, out, dtype='bfloat16', overwrite=True)  # onto itself
   assert listing(tmp_path) == ['out']
 
 
@@ -190,19 +191,19 @@ def test_what_is_no_model_is_never_replaced(tmp_path, inside):
   (out / inside).parent.mkdir(parents=True)
   (out / inside).write_text('{}')
   with pytest.raises(ValueError, match='is not only a Hugging Face model'):
-    exports.convert(GOLDEN / 'gpt2', out, overwrite=True)
+    conversions.convert(GOLDEN / 'gpt2', out, overwrite=True)
   assert (out / inside).exists()
 
 
 def test_what_a_killed_export_left_goes_with_the_next(tmp_path):
   code = (
     'import os, sys\n'
-    'from dpo_jax import exports\n'
+    'from dpo_jax import conversions, exports\n'
     'def die(model, folder, shard_size):\n'
     '  (folder / "model.safetensors").write_bytes(b"half")\n'
     '  os._exit(9)\n'
     'exports._write_tensors = die\n'
-    'exports.convert(*sys.argv[1:])\n'
+    'conversions.convert(*sys.argv[1:])\n'
   )
   command = [sys.executable, '-c', code, GOLDEN / 'gpt2', tmp_path / 'out']
   root = pathlib.Path(__file__).parents[1]
@@ -210,8 +211,8 @@ def test_what_a_killed_export_left_goes_with_the_next(tmp_path):
   (left,) = tmp_path.iterdir()
   assert left.name.startswith('out.part-')
   with pytest.raises(ValueError, match='an export that was killed left behind'):
-    exports.convert(left, tmp_path / 'other')
-  exports.convert(GOLDEN / 'gpt2', tmp_path / 'out')
+    conversions.convert(left, tmp_path / 'other')
+  conversions.convert(GOLDEN / 'gpt2', tmp_path / 'out')
   assert listing(tmp_path) == ['out']
 
 
@@ -260,8 +261,8 @@ def test_the_hub_is_asked_for_what_a_model_is_loaded_from(
     return str(GOLDEN / 'gpt2')
 
   monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot)
-  exports.convert('hf:openai-community/gpt2', tmp_path / 'a')
-  exports.convert('hf:a/b.c@v1', tmp_path / 'b')
+  conversions.convert('hf:openai-community/gpt2', tmp_path / 'a')
+  conversions.convert('hf:a/b.c@v1', tmp_path / 'b')
   assert asked == [('openai-community/gpt2', None), ('a/b.c', 'v1')]
   assert_same_tensors(tensors_of(GOLDEN / 'gpt2'), tensors_of(tmp_path / 'a'))
 

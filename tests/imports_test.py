@@ -30,11 +30,19 @@ MACHINE = {
   'metrics',
   'weights',
   'adapters',
+  'exports',
   'fetch',
   'folders',
   'workdirs',
 }
-MIDDLE = {'objectives', 'evaluators', 'ref_cache', 'runs', 'exports'}
+MIDDLE = {
+  'objectives',
+  'evaluators',
+  'ref_cache',
+  'runs',
+  'policies',
+  'conversions',
+}
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
 LOOPS = {'train', 'online', 'main'}

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import common
-from dpo_jax import runs
+from dpo_jax import policies
 from dpo_jax.models import families
 from dpo_jax.models import presets
 from dpo_jax.models import transformer
@@ -214,7 +214,7 @@ def test_every_preset_is_a_model_of_a_config_and_has_a_source():
   assert set(common.MODELS) == set(presets.MODELS) | debug
   for name in presets.MODELS:
     source = common.MODELS[name]['source']
-    assert source in runs.PACKAGES or source.startswith('hf:')
+    assert source in policies.PACKAGES or source.startswith('hf:')
 
 
 @pytest.mark.parametrize('name', presets.MODELS)

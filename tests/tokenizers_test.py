@@ -205,9 +205,9 @@ def test_byte_ids_are_those_of_transformers_on_what_is_saved():
 def test_smollm2_ids_are_those_of_transformers_on_what_is_saved():
   import gguf
 
-  from dpo_jax import runs
+  from dpo_jax import policies
 
-  reader = gguf.GGUFReader(runs.package_file('smollm2-135m'))
+  reader = gguf.GGUFReader(policies.package_file('smollm2-135m'))
   metadata = {k: field.contents() for k, field in reader.fields.items()}
   tokenizer = tokenizers.from_gguf(metadata)
   ids = tokenizer.encode_batch(GOLDEN['texts'], start=True)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import metrics
+from dpo_jax import policies
 from dpo_jax import ref_cache
-from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import workdirs
@@ -281,7 +281,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
   ) as caught:
     train.train(config, tmp_path / 'run')
   mesh = sharding.make_mesh(**config.mesh)
-  _, params, _ = runs.open_model(config.model, mesh=mesh)
+  _, params, _ = policies.open_model(config.model, mesh=mesh)
   step, items = workdirs.restore_newest(tmp_path / 'run', {'params': params})
   assert f'checkpoint is that of step {step}.' in str(caught.value)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(items['params']))
@@ -356,7 +356,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(
     whole, 'samples.jsonl'
   )
   mesh = sharding.make_mesh(**config.mesh)
-  params = runs.open_policy(config, mesh).trained
+  params = policies.open_policy(config, mesh).trained
   ends = [
     workdirs.restore_newest(workdir, {'params': params})
     for workdir in (whole, killed)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import exports
-from dpo_jax import runs
+from dpo_jax import policies
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import weights
@@ -168,19 +168,21 @@ def test_open_model_stores_what_it_is_asked_for(param_dtype):
   model = dict(dtype='bfloat16', remat='none', scan_unroll=1)
   model = settings.Settings(model | dict(source='debug-gpt2'))
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
-  config, params, _ = runs.open_model(model, mesh=mesh, param_dtype=param_dtype)
+  config, params, _ = policies.open_model(
+    model, mesh=mesh, param_dtype=param_dtype
+  )
   assert config.dtype == 'bfloat16'
   for path, leaf in jax.tree.leaves_with_path(params):
     in_norm = 'norm' in jax.tree_util.keystr(path)
     half = param_dtype == 'compute' and not in_norm
     assert leaf.dtype == ('bfloat16' if half else 'float32'), path
   with pytest.raises(ValueError, match="unknown param_dtype 'float16'"):
-    runs.open_model(model, mesh=mesh, param_dtype='float16')
+    policies.open_model(model, mesh=mesh, param_dtype='float16')
 
 
 def test_random_models_have_the_shape_of_a_published_one():
-  checkpoint = runs.open_source('random:gpt2')
+  checkpoint = policies.open_source('random:gpt2')
   assert checkpoint.config == presets.MODELS['gpt2']
   assert checkpoint.tokenizer.vocab_size == 257
   with pytest.raises(ValueError, match="did you mean 'gpt2-large'"):
-    runs.open_source('random:gpt2-larg')
+    policies.open_source('random:gpt2-larg')

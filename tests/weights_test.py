@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import tokenizers as backend
 
-from dpo_jax import runs
+from dpo_jax import policies
 from dpo_jax import weights
 from dpo_jax.models import transformer
 
@@ -412,7 +412,7 @@ def test_truncated_gguf_says_download_again(tmp_path):
 
 @pytest.fixture(scope='module')
 def smollm2():
-  return weights.load(runs.package_file('smollm2-135m'))
+  return weights.load(policies.package_file('smollm2-135m'))
 
 
 @pytest.fixture(scope='module')
