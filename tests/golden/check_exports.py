@@ -3,7 +3,8 @@
 In two steps, because the environments are two. In the project's own,
   .venv/bin/python tests/golden/check_exports.py train
 makes a random Llama and a random GPT-2, trains them with `dpo-jax train` and
-exports the runs with `dpo-jax convert`. Then, with torch and transformers,
+exports the runs with `dpo-jax convert`; and again with an adapter, merged in
+the export (..._lora). Then, with torch and transformers,
   pip install torch==2.13.0 'transformers==5.*'
   python tests/golden/check_exports.py read
 loads the folders and writes logits, token ids and versions to exported.json,
@@ -21,6 +22,7 @@ ROOT = HERE.parents[1]
 FOLDER = HERE / 'exported'
 TEXTS = ('the sea', ' two  spaces\n', 'é 你好 \U0001f916', "it's 1984")
 STEPS = 20
+OVER, MERGE = ('--overwrite',), ('--merge',)
 _SIZES = dict(
   vocab_size=257,
   d_model=16,
@@ -88,17 +90,23 @@ def train():
       (scratch / 'pairs.jsonl').write_text(
         ''.join(json.dumps(pair) + '\n' for pair in pairs)
       )
-      _dpo_jax(
-        'train',
-        '--config=configs/preference.py:data=jsonl,optim=adamw,debug',
-        f'--config.model.source={scratch / "random"}',
-        f'--config.data.source={scratch / "pairs.jsonl"}',
-        f'--config.data.cache_dir={scratch / "data"}',
-        f'--config.num_steps={STEPS}',
-        '--config.optim.lr=1e-2',
-        f'--workdir={scratch / "run"}',
-      )
-      _dpo_jax('convert', scratch / 'run', FOLDER / name, '--overwrite')
+      for suffix, adapter, merge in [
+        ('', 'none', ()),
+        ('_lora', 'lora', MERGE),
+      ]:
+        run = scratch / f'run{suffix}'
+        _dpo_jax(
+          'train',
+          '--config=configs/preference.py:data=jsonl,optim=adamw,debug,'
+          f'adapter={adapter}',
+          f'--config.model.source={scratch / "random"}',
+          f'--config.data.source={scratch / "pairs.jsonl"}',
+          f'--config.data.cache_dir={scratch / "data"}',
+          f'--config.num_steps={STEPS}',
+          '--config.optim.lr=1e-2',
+          f'--workdir={run}',
+        )
+        _dpo_jax('convert', run, FOLDER / f'{name}{suffix}', *OVER, *merge)
 
 
 def _dpo_jax(*arguments):
