@@ -150,7 +150,7 @@ def training(arg):
   config.data.held_out = 0.1  # share of prompts kept out, if there is no test
   config.data.max_prompt_tokens = 256  # a longer prompt keeps its tail
   config.data.max_response_tokens = 256  # a longer response keeps its head
-  config.data.row_length = 1024  # T, token slots of a row
+  config.data.row_length = 1024  # most token slots of a row (T)
 
   config.loss = loss  # {name: its options}, summed
   config.reference = pick(REFERENCE, 'reference', reference)

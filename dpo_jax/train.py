@@ -322,7 +322,7 @@ def _train(config, workdir, mesh):
     check_finite(values, number, checkpoints)
     writer.write(number, values, samples)
 
-  compiled = {}  # rows of a batch -> the step for that shape
+  compiled = {}  # shape of a batch -> the step for it
   try:
     if not first:
       measure(0)
@@ -334,14 +334,17 @@ def _train(config, workdir, mesh):
       batch = evaluators.put_batch(
         plan, number - 1, mesh, ref_values=ref_values['train']
       )
-      count = plan.rows_of(number - 1)
+      shape = plan.shape_of(number - 1)
       pause = time.perf_counter()
-      if count not in compiled:
-        compiled[count] = step.lower(state, frozen, batch).compile()
+      if shape not in compiled:
+        compiled[shape] = step.lower(state, frozen, batch).compile()
         pause = time.perf_counter() - pause
-        tqdm.tqdm.write(f'compiled for {count} rows in {pause:.1f} s')
+        tqdm.tqdm.write(
+          f'compiled for {shape.rows} rows of {shape.length} slots in'
+          f' {pause:.1f} s'
+        )
         clock += pause
-      state, values = compiled[count](state, frozen, batch)
+      state, values = compiled[shape](state, frozen, batch)
       if pending:
         finish(*pending)
       pending = number, values
@@ -368,7 +371,7 @@ def speed(plan, numbers, seconds):
   steps = [number - 1 for number in numbers]
   groups = sum(len(plan.steps[step]) for step in steps)
   tokens = sum(map(plan.tokens, steps))
-  slots = sum(map(plan.rows_of, steps)) * plan.row_length
+  slots = sum(map(plan.slots_of, steps))
   return {
     'step_seconds': seconds / len(steps),
     'pairs_per_second': groups / seconds,
