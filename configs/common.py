@@ -132,6 +132,9 @@ def training(arg):
   config.peak_tflops = 0.0  # of all devices, for train/mfu; 0: measured
   config.logps_chunk = 512  # scored tokens a device has logits of at one time
 
+  # Folder of compiled programs; auto: in the user's cache, '': none are kept.
+  config.compilation_cache = 'auto'
+
   config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices; -1: the rest
 
   config.model = pick(MODELS, 'model', arg['model'])

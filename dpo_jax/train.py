@@ -20,6 +20,7 @@ import tqdm
 from dpo_jax import accounting
 from dpo_jax import checkpoint
 from dpo_jax import evaluators
+from dpo_jax import fetch
 from dpo_jax import metrics
 from dpo_jax import optim
 from dpo_jax import ref_cache
@@ -256,6 +257,22 @@ def check_finite(values, step, checkpoints):
         )
 
 
+# Steps that may be under way before the host waits for their metrics.
+_AHEAD = 32
+
+
+def keep_compiled(folder):
+  """Makes compiled programs outlive the process, in `folder`.
+
+  'auto' is the user's cache, '' turns it off. What JAX was told otherwise, for
+  example by $JAX_COMPILATION_CACHE_DIR, stays.
+  """
+  if folder and not jax.config.jax_compilation_cache_dir:
+    if folder == 'auto':
+      folder = fetch.cache_folder() / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
+
+
 # What a run must share with the one whose state it goes on with.
 RESUMED = ('init', 'model', 'adapter', 'reference', 'data', 'loss')
 
@@ -270,6 +287,7 @@ def train(config, workdir):
   """
   workdir = os.fspath(workdir)
   workdirs.check(workdir, config)
+  keep_compiled(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
     return _train(config, workdir, mesh)
@@ -368,18 +386,20 @@ def _train(config, workdir, mesh):
   since = []  # steps done since the last record, and when the first began
   clock = None
 
-  def finish(number, values):
-    """Waits for a step, checks and logs its metrics."""
+  def finish(pending):
+    """Waits for steps, checks their metrics and logs those that are due."""
     nonlocal clock
-    values = evaluators.means(jax.device_get(values))
-    check_finite(values, number, checkpoints)
-    since.append(number)
-    if due('log', number):
-      rates = speed(plan, since, time.perf_counter() - clock, share_of_peak)
-      named = {f'train/{name}': x for name, x in (values | rates).items()}
-      writer.write(number, named)
-      since.clear()
-      clock = time.perf_counter()
+    for number, values in pending:
+      values = evaluators.means(jax.device_get(values))
+      check_finite(values, number, checkpoints)
+      since.append(number)
+      if due('log', number):
+        rates = speed(plan, since, time.perf_counter() - clock, share_of_peak)
+        named = {f'train/{name}': x for name, x in (values | rates).items()}
+        writer.write(number, named)
+        since.clear()
+        clock = time.perf_counter()
+    pending.clear()
 
   def measure(number):
     values, samples = run.evaluate(state.params, state.ref, state.memory)
@@ -390,7 +410,7 @@ def _train(config, workdir, mesh):
   try:
     if not first:
       measure(0)
-    pending = None  # the previous step's metrics, still on the device
+    pending = []  # steps under way: (number, metrics on the device)
     clock = time.perf_counter()
     for number in tqdm.trange(
       first + 1, num_steps + 1, initial=first, total=num_steps, desc='train'
@@ -409,12 +429,13 @@ def _train(config, workdir, mesh):
         )
         clock += pause
       state, values = compiled[shape](state, frozen, batch)
-      if pending:
-        finish(*pending)
-      pending = number, values
-      if due('evaluate', number) or due('save', number):
-        finish(*pending)
-        pending = None
+      # Only now that the next step is under way is the log waited for, so that
+      # the devices have work while the host writes and builds a batch.
+      if pending and (due('log', number - 1) or len(pending) == _AHEAD):
+        finish(pending)
+      pending.append((number, values))
+      if number == num_steps or due('evaluate', number) or due('save', number):
+        finish(pending)
         pause = time.perf_counter()
         if due('evaluate', number):
           measure(number)
