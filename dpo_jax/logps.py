@@ -40,6 +40,40 @@ def _join(x, S):
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S]
 
 
+# What a padding target has for a log-prob; nobody looks at it, so it is any
+# number at which all functions of log-probs are finite.
+_PADDING = -1.0
+
+
+def _scan(one_chunk, carry, inputs, target_RS):
+  """`lax.scan` over chunks, of which those of padding alone are left out.
+
+  Padding ends rows, so they are the last ones; their outputs are zero. `inputs`
+  are of `_split`, for targets [R, S].
+  """
+  S, C = target_RS.shape[1], inputs[0].shape[2]
+  last = jnp.max(jnp.where(target_RS >= 0, jnp.arange(1, S + 1), 0))
+
+  def take(n):
+    return jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, n, keepdims=False), inputs
+    )
+
+  def step(n, state):
+    carry, outs = state
+    carry, out = one_chunk(carry, take(n))
+    put = functools.partial(
+      jax.lax.dynamic_update_index_in_dim, index=n, axis=0
+    )
+    return carry, jax.tree.map(put, outs, out)
+
+  _, out = jax.eval_shape(one_chunk, carry, jax.eval_shape(take, 0))
+  outs = jax.tree.map(
+    lambda x: jnp.zeros((len(inputs[0]), *x.shape), x.dtype), out
+  )
+  return jax.lax.fori_loop(0, -(-last // C), step, (carry, outs))
+
+
 def _logits(hidden_RCD, unembed_VD, cap):
   logits_RCV = jnp.einsum(
     'RCD,VD->RCV',
@@ -61,6 +95,7 @@ def _in_chunks(
 
   def one_chunk(_, inputs):
     hidden_RCD, target_RC = inputs
+    target_RC = jnp.maximum(target_RC, 0)
     logits_RCV = _logits(hidden_RCD, unembed_VD, cap)
     normalizer_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
     picked_RC = jnp.take_along_axis(logits_RCV, target_RC[..., None], -1)
@@ -79,8 +114,9 @@ def _in_chunks(
     )
 
   inputs = (_split(hidden_RSD, chunk), _split(target_RS, chunk))
-  _, out = jax.lax.scan(one_chunk, None, inputs)
-  return jax.tree.map(lambda x: _join(x, target_RS.shape[1]), out)
+  _, out = _scan(one_chunk, None, inputs, target_RS)
+  logps_RS, *others = jax.tree.map(lambda x: _join(x, target_RS.shape[1]), out)
+  return jnp.where(target_RS < 0, _PADDING, logps_RS), *others
 
 
 def _logits_grad(logits_RCV, normalizer_RC, target_RC, cap):
@@ -106,7 +142,8 @@ def token_logps(hidden_RSD, unembed_VD, target_RS, chunk, *, cap):
     hidden_RSD: hidden states that predict the targets.
     unembed_VD: unembedding; logits = hidden @ unembed.T, accumulated in
       float32.
-    target_RS: int32 token ids.
+    target_RS: int32 token ids; -1 is padding, which ends a row, has no
+      gradient and, where it fills a chunk, costs nothing.
     chunk: tokens, over all rows, whose logits exist at one time.
     cap: the model's `logit_cap`, soft cap of the logits or None.
 
@@ -150,7 +187,7 @@ def _token_logps_forward(hidden, unembed, target, chunk, cap, collisions):
   )
   residuals = (hidden_RSD, unembed_VD, target_RS, normalizer_RS)
   if frozen:
-    residuals = slopes_RSD
+    residuals = jnp.where(target_RS[..., None] < 0, 0.0, slopes_RSD)
   return (logps_RS, collisions_RS), residuals
 
 
@@ -165,6 +202,7 @@ def _token_logps_backward(chunk, cap, collisions, residuals, grads):
     return hidden_grad_RSD.astype(slopes_RSD.dtype), None, None
   hidden_RSD, unembed_VD, target_RS, normalizer_RS = residuals
   dtype = hidden_RSD.dtype
+  grad_RS = jnp.where(target_RS < 0, 0.0, grad_RS)
 
   def one_chunk(unembed_grad_VD, inputs):
     hidden_RCD, target_RC, normalizer_RC, grad_RC = inputs
@@ -184,8 +222,8 @@ def _token_logps_backward(chunk, cap, collisions, residuals, grads):
   inputs = tuple(
     _split(x, chunk) for x in (hidden_RSD, target_RS, normalizer_RS, grad_RS)
   )
-  unembed_grad_VD, hidden_grad = jax.lax.scan(
-    one_chunk, jnp.zeros(unembed_VD.shape, jnp.float32), inputs
+  unembed_grad_VD, hidden_grad = _scan(
+    one_chunk, jnp.zeros(unembed_VD.shape, jnp.float32), inputs, target_RS
   )
   hidden_grad_RSD = _join(hidden_grad, target_RS.shape[1])
   return hidden_grad_RSD, unembed_grad_VD.astype(unembed_VD.dtype), None

@@ -58,10 +58,15 @@ def make_token_logps(model_config, *, chunk):
   def token_logps(variables, batch):
     hidden_RSD, unembed_VD = scored(variables, batch)
     return logps.token_logps(
-      hidden_RSD, unembed_VD, batch['target'], chunk, cap=model_config.logit_cap
+      hidden_RSD, unembed_VD, targets(batch), chunk, cap=model_config.logit_cap
     )
 
   return token_logps
+
+
+def targets(batch):
+  """Returns the scored tokens as `logps` wants them, -1 for padding: [R, S]."""
+  return jnp.where(batch['slot'] < 0, -1, batch['target'])
 
 
 def check_reference(terms, reference):
@@ -148,7 +153,7 @@ def make_sums(
       return jnp.take_along_axis(values_RQ, jnp.maximum(slot_RS, 0), axis=1)
 
     # ------------------------------------------- log-probs of all tokens ----
-    hidden, target_RS = scored(variables, batch), batch['target']
+    hidden, target_RS = scored(variables, batch), targets(batch)
     if weighted:
       policy_RS, collisions_RS = logps.token_logps_and_collisions(
         *hidden, target_RS, chunk, cap=cap

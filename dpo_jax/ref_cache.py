@@ -70,24 +70,37 @@ def key(variables, model_config, groups):
   return hashlib.sha256(text.encode()).hexdigest()[:24], made_of
 
 
-def compute(token_logps, variables, plan, mesh, *, name):
-  """Runs the reference over every group of `plan`: float32 [scored tokens].
+def compute(token_logps, variables, plan, mesh, values, *, name):
+  """Runs the reference over the groups of `plan` whose values are missing.
 
   Args:
     token_logps: of `objectives.make_token_logps`.
     variables: reference weights.
     plan: an evaluation plan over the whole data set.
     mesh: devices.
+    values: float32 [scored tokens]; NaN, where one is missing, is replaced.
     name: shown by the progress bar.
   """
   forward = jax.jit(token_logps, out_shardings=sharding.replicated(mesh))
   starts = plan.starts
-  values = np.zeros(starts[-1], np.float32)
-  for step in tqdm.trange(plan.num_steps, desc=f'reference log-probs, {name}'):
+  missing = [
+    step
+    for step in range(plan.num_steps)
+    if any(
+      np.isnan(values[starts[g] : starts[g + 1]]).any()
+      for g in plan.steps[step]
+    )
+  ]
+  title = f'reference log-probs, {name}'
+  if len(missing) < plan.num_steps:
+    tqdm.tqdm.write(
+      f'{title}: {plan.num_steps - len(missing)} of {plan.num_steps} batches'
+      ' are there from before'
+    )
+  for step in tqdm.tqdm(missing, desc=title):
     batch = plan.batch(step)
     laid_out = forward(variables, sharding.put_rows(batch, mesh))
     batches.collect(np.asarray(laid_out), starts, batch, values)
-  return values
 
 
 def load_or_compute(
@@ -95,19 +108,28 @@ def load_or_compute(
 ):
   """Returns per-token reference log-probs of `plan.groups`, from disk if there.
 
-  The array is written to a temporary name and moved, so a killed run leaves no
-  broken cache; the .json beside it is for people.
+  They are written as they are computed to a file with the ending .partial,
+  which gets its name when it is complete: a killed run leaves no broken cache,
+  and the next one goes on. The .json beside it is for people.
   """
   digest, made_of = key(variables, model_config, plan.groups)
   path = os.path.join(directory, f'{digest}.npy')
   if os.path.exists(path):
     return np.load(path)
-  values = compute(token_logps, variables, plan, mesh, name=name)
   os.makedirs(directory, exist_ok=True)
-  temporary = f'{path}.{os.getpid()}.tmp'
   with open(os.path.join(directory, f'{digest}.json'), 'w') as f:
     json.dump(made_of, f, indent=2)
-  with open(temporary, 'wb') as f:
-    np.save(f, values)
-  os.replace(temporary, path)
-  return values
+  partial = f'{path}.partial'
+  if not os.path.exists(partial):
+    temporary = f'{path}.{os.getpid()}.tmp'
+    with open(temporary, 'wb') as f:
+      np.save(f, np.full(plan.starts[-1], np.nan, np.float32))
+    os.replace(temporary, partial)
+  values = np.load(partial, mmap_mode='r+')
+  compute(token_logps, variables, plan, mesh, values, name=name)
+  values.flush()
+  try:
+    os.replace(partial, path)
+  except FileNotFoundError:
+    np.load(path, mmap_mode='r')  # another run has filled the same file
+  return np.array(values)

@@ -4,6 +4,7 @@ Read `train` from top to bottom. Data order is a function of (seed, step) and
 the state holds everything else, so a killed run resumes to the same bits.
 """
 
+import functools
 import math
 import os
 import time
@@ -16,8 +17,10 @@ import numpy as np
 import optax
 import tqdm
 
+from dpo_jax import accounting
 from dpo_jax import checkpoint
 from dpo_jax import evaluators
+from dpo_jax import fetch
 from dpo_jax import metrics
 from dpo_jax import optim
 from dpo_jax import ref_cache
@@ -42,7 +45,9 @@ class State:
   memory: dict  # of losses that outlive a batch, see `objectives`
 
 
-def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
+def make_step(
+  sums, tx, schedule, *, batch_size, accumulate=1, scale=1.0, ema=None
+):
   """Returns (state, frozen, batch) -> (state, {name: (sum, count)}).
 
   `frozen` is {'base': parameters under an adapter or None, 'ref': what
@@ -56,6 +61,8 @@ def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
     tx: the optimizer.
     schedule: step -> learning rate, for the log.
     batch_size: groups.
+    accumulate: micro-batches, of equal row counts, whose sums and gradients are
+      added up in float32; see `check_accumulate`.
     scale: of the adapter, see `lora.variables`.
     ema: {'alpha', 'every'} where the reference is part of the state: after each
       `every` updates it becomes alpha policy + (1 - alpha) reference; alpha 1
@@ -67,13 +74,21 @@ def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
     ref = frozen['ref'] if state.ref is None else state.ref
     ref_variables = lora.variables(base, ref, scale)
 
-    def loss_function(params):
+    def loss_function(params, batch):
       variables = lora.variables(base, params, scale)
       totals, memory = sums(variables, ref_variables, batch, state.memory)
       return totals['loss'][0] / batch_size, (totals, memory)
 
-    gradient = jax.value_and_grad(loss_function, has_aux=True)
-    (loss, (totals, memory)), grads = gradient(state.params)
+    gradient = jax.grad(loss_function, has_aux=True)
+    if accumulate == 1:
+      grads, (totals, memory) = gradient(state.params, batch)
+    else:
+      memory = state.memory  # empty
+      grads, (totals, _) = summed(
+        functools.partial(gradient, state.params),
+        micro_batches(batch, accumulate),
+      )
+    loss = totals['loss'][0] / batch_size
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     values = {
@@ -98,6 +113,52 @@ def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
     return State(params, opt_state, number, ref, memory), measured
 
   return step
+
+
+def micro_batches(batch, number):
+  """[R, ...] -> [number, R / number, ...]: every number-th row.
+
+  So each of the devices that share the rows has its share of each.
+  """
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch
+  )
+
+
+def summed(function, parts):
+  """Sums function(part) over the leading axis of `parts`, in float32."""
+
+  def zeros(x):
+    wide = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.zeros(x.shape, jnp.float32 if wide else x.dtype)
+
+  def add(total, part):
+    return jax.tree.map(lambda t, x: t + x, total, function(part)), None
+
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+  total, _ = jax.lax.scan(add, jax.tree.map(zeros, shapes), parts)
+  return total
+
+
+def check_accumulate(config, mesh):
+  """Refuses micro-batches that would not add up to the batch."""
+  if config.accumulate < 1:
+    raise ValueError(f'accumulate is {config.accumulate}; use 1 or more')
+  sharding.check_batch_size(
+    'batch_size', config.batch_size, mesh, parts=config.accumulate
+  )
+  if config.accumulate == 1:
+    return
+  for term in runs.bind_losses(config):
+    what, fix = f'loss {term.name!r}', 'model.remat=full saves memory too'
+    if term.reduction == 'batch_mean':
+      what, fix = f"{what} with reduction 'batch_mean'", "choose 'mean'"
+    elif not (term.loss.batchwise or term.loss.mismatched or term.memory):
+      continue
+    raise ValueError(
+      f'{what} is a function of the whole batch, which micro-batches do not'
+      f' see; set accumulate to 1 ({fix})'
+    )
 
 
 def moved(ref, params, alpha):
@@ -173,7 +234,7 @@ def training_plan(config, groups, mesh, *, window):
     num_steps=num_steps,
     batch_size=config.batch_size,
     row_length=config.data.row_length,
-    multiple=sharding.row_shards(mesh),
+    multiple=sharding.row_shards(mesh) * config.accumulate,
     window=window,
   )
 
@@ -196,6 +257,22 @@ def check_finite(values, step, checkpoints):
         )
 
 
+# Steps that may be under way before the host waits for their metrics.
+_AHEAD = 32
+
+
+def keep_compiled(folder):
+  """Makes compiled programs outlive the process, in `folder`.
+
+  'auto' is the user's cache, '' turns it off. What JAX was told otherwise, for
+  example by $JAX_COMPILATION_CACHE_DIR, stays.
+  """
+  if folder and not jax.config.jax_compilation_cache_dir:
+    if folder == 'auto':
+      folder = fetch.cache_folder() / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
+
+
 # What a run must share with the one whose state it goes on with.
 RESUMED = ('init', 'model', 'adapter', 'reference', 'data', 'loss')
 
@@ -210,6 +287,7 @@ def train(config, workdir):
   """
   workdir = os.fspath(workdir)
   workdirs.check(workdir, config)
+  keep_compiled(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
     return _train(config, workdir, mesh)
@@ -217,6 +295,7 @@ def train(config, workdir):
 
 def _train(config, workdir, mesh):
   # ----------------------------------------- loss, model, data, reference ----
+  check_accumulate(config, mesh)
   run = runs.set_up(config, mesh)
   policy, groups, ref_values = run.policy, run.groups, run.ref_values
   mode = config.reference.mode
@@ -236,6 +315,8 @@ def _train(config, workdir, mesh):
       ' the reference would never move; lower it, or choose reference=frozen'
     )
   tqdm.tqdm.write(f'train: {plan.summary()}')
+
+  share_of_peak = make_share_of_peak(config, policy, plan.groups, mesh)
 
   # ----------------------------------------------------- optimizer, step ----
   schedule = optim.learning_rate(
@@ -261,6 +342,7 @@ def _train(config, workdir, mesh):
       tx,
       schedule,
       batch_size=config.batch_size,
+      accumulate=config.accumulate,
       scale=policy.scale,
       ema=ema,
     ),
@@ -304,29 +386,31 @@ def _train(config, workdir, mesh):
   since = []  # steps done since the last record, and when the first began
   clock = None
 
-  def finish(number, values):
-    """Waits for a step, checks and logs its metrics."""
+  def finish(pending):
+    """Waits for steps, checks their metrics and logs those that are due."""
     nonlocal clock
-    values = evaluators.means(jax.device_get(values))
-    check_finite(values, number, checkpoints)
-    since.append(number)
-    if due('log', number):
-      rates = speed(plan, since, time.perf_counter() - clock)
-      named = {f'train/{name}': x for name, x in (values | rates).items()}
-      writer.write(number, named)
-      since.clear()
-      clock = time.perf_counter()
+    for number, values in pending:
+      values = evaluators.means(jax.device_get(values))
+      check_finite(values, number, checkpoints)
+      since.append(number)
+      if due('log', number):
+        rates = speed(plan, since, time.perf_counter() - clock, share_of_peak)
+        named = {f'train/{name}': x for name, x in (values | rates).items()}
+        writer.write(number, named)
+        since.clear()
+        clock = time.perf_counter()
+    pending.clear()
 
   def measure(number):
     values, samples = run.evaluate(state.params, state.ref, state.memory)
     check_finite(values, number, checkpoints)
     writer.write(number, values, samples)
 
-  compiled = {}  # rows of a batch -> the step for that shape
+  compiled = {}  # shape of a batch -> the step for it
   try:
     if not first:
       measure(0)
-    pending = None  # the previous step's metrics, still on the device
+    pending = []  # steps under way: (number, metrics on the device)
     clock = time.perf_counter()
     for number in tqdm.trange(
       first + 1, num_steps + 1, initial=first, total=num_steps, desc='train'
@@ -334,20 +418,24 @@ def _train(config, workdir, mesh):
       batch = evaluators.put_batch(
         plan, number - 1, mesh, ref_values=ref_values['train']
       )
-      count = plan.rows_of(number - 1)
+      shape = plan.shape_of(number - 1)
       pause = time.perf_counter()
-      if count not in compiled:
-        compiled[count] = step.lower(state, frozen, batch).compile()
+      if shape not in compiled:
+        compiled[shape] = step.lower(state, frozen, batch).compile()
         pause = time.perf_counter() - pause
-        tqdm.tqdm.write(f'compiled for {count} rows in {pause:.1f} s')
+        tqdm.tqdm.write(
+          f'compiled for {shape.rows} rows of {shape.length} slots in'
+          f' {pause:.1f} s'
+        )
         clock += pause
-      state, values = compiled[count](state, frozen, batch)
-      if pending:
-        finish(*pending)
-      pending = number, values
-      if due('evaluate', number) or due('save', number):
-        finish(*pending)
-        pending = None
+      state, values = compiled[shape](state, frozen, batch)
+      # Only now that the next step is under way is the log waited for, so that
+      # the devices have work while the host writes and builds a batch.
+      if pending and (due('log', number - 1) or len(pending) == _AHEAD):
+        finish(pending)
+      pending.append((number, values))
+      if number == num_steps or due('evaluate', number) or due('save', number):
+        finish(pending)
         pause = time.perf_counter()
         if due('evaluate', number):
           measure(number)
@@ -360,18 +448,51 @@ def _train(config, workdir, mesh):
   return state.params
 
 
-def speed(plan, numbers, seconds):
-  """Means over steps (1 is the first): seconds, pairs/s, real tokens/s, fill.
+def speed(plan, numbers, seconds, flops_of):
+  """Means over steps (1 is the first) of `seconds` together.
 
-  `row_fill` is the share of slots that hold a token.
+  `row_fill` is the share of slots that hold a token; `flops_of` (group
+  numbers) -> the share of the peak that they take for a second.
   """
   steps = [number - 1 for number in numbers]
-  groups = sum(len(plan.steps[step]) for step in steps)
+  groups = [group for step in steps for group in plan.steps[step]]
   tokens = sum(map(plan.tokens, steps))
-  slots = sum(map(plan.rows_of, steps)) * plan.row_length
+  slots = sum(map(plan.slots_of, steps))
   return {
     'step_seconds': seconds / len(steps),
-    'pairs_per_second': groups / seconds,
+    'pairs_per_second': len(groups) / seconds,
     'tokens_per_second': tokens / seconds,
+    'slot_tokens_per_second': slots / seconds,
     'row_fill': tokens / slots,
+    'mfu': flops_of(groups) / seconds,
   }
+
+
+def make_share_of_peak(config, policy, groups, mesh):
+  """Returns group numbers -> their model FLOPs over those of a second.
+
+  The second is one at `config.peak_tflops`, or what is measured now.
+  """
+  peak = 1e12 * config.peak_tflops
+  if peak <= 0:
+    peak = accounting.measured_peak(mesh, policy.config.dtype)
+    tqdm.tqdm.write(
+      f'peak: {peak / 1e12:.3g} TFLOP/s, measured in {policy.config.dtype};'
+      ' set peak_tflops to count train/mfu against another'
+    )
+  work = accounting.work_of(groups, window=policy.config.window)
+  adapter = None
+  if policy.base is not None:
+    adapter = sum(x.size for x in jax.tree.leaves(policy.trained))
+  live = config.reference.mode not in ('cached', 'none')
+
+  def share(numbers):
+    flops = accounting.step_flops(
+      policy.config,
+      accounting.summed(work, numbers),
+      live=live,
+      adapter=adapter,
+    )
+    return flops / peak
+
+  return share

@@ -206,3 +206,45 @@ def test_gather_picks_source_slots():
     logps.gather_scored(hidden, source),
     [[[9, 10, 11], [0, 1, 2]], [[15, 16, 17], [15, 16, 17]]],
   )
+
+
+def padded(hidden, unembed, target, chunk):
+  """Log-probs with the last targets of each row but the first two missing."""
+  ends = jnp.array([[7], [0], [5]])
+  target = jnp.where(jnp.arange(S) < ends, target, -1)
+  values, collisions = logps.token_logps_and_collisions(
+    hidden, unembed, target, chunk, cap=None
+  )
+  return values, collisions, target
+
+
+@pytest.mark.parametrize('chunk', [3, 7, 200])
+def test_padding_changes_nothing_else_and_has_no_gradient(chunk):
+  hidden, unembed, target, weight = arrays()
+  values, collisions, marked = padded(hidden, unembed, target, chunk)
+  real = np.asarray(marked) >= 0
+  whole = naive(hidden, unembed, target)
+  np.testing.assert_allclose(values[real], whole[real], atol=1e-5)
+  assert np.isfinite(values).all() and np.isfinite(collisions).all()
+
+  def marked_values(hidden, unembed, target):
+    return padded(hidden, unembed, target, chunk)[0]
+
+  ours = values_and_grads(marked_values, hidden, unembed, target, weight)
+  expected = values_and_grads(naive, hidden, unembed, target, weight * real)
+  for grad, other in zip(ours[1:], expected[1:]):
+    np.testing.assert_allclose(grad, other, atol=1e-5)
+  assert not np.asarray(ours[1])[~real].any()
+
+
+def test_chunks_of_padding_are_not_computed():
+  hidden, unembed, target, _ = arrays()
+  poisoned = hidden.at[:, 7:].set(jnp.nan)
+
+  def total(hidden, unembed):
+    return jnp.sum(padded(hidden, unembed, target, 3)[0])
+
+  value, grads = jax.value_and_grad(total, (0, 1))(poisoned, unembed)
+  assert np.isfinite(value)
+  for grad in grads:
+    assert np.isfinite(grad).all()
