@@ -125,9 +125,11 @@ def training(arg):
   config.num_steps = 0  # updates; 0: as many as `epochs` needs
   config.epochs = 1.0  # passes over the training groups; 0: use num_steps
   config.batch_size = 64  # groups (pairs, or prompts with one response) a step
+  config.accumulate = 1  # micro-batches of a step: less memory, same numbers
   config.log_every = 10  # steps between log records
   config.init = ''  # workdir of another run whose parameters to start from
   config.resume = ''  # workdir of another run whose whole state to go on with
+  config.peak_tflops = 0.0  # of all devices, for train/mfu; 0: measured
   config.logps_chunk = 512  # scored tokens a device has logits of at one time
 
   config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices; -1: the rest
@@ -150,7 +152,7 @@ def training(arg):
   config.data.held_out = 0.1  # share of prompts kept out, if there is no test
   config.data.max_prompt_tokens = 256  # a longer prompt keeps its tail
   config.data.max_response_tokens = 256  # a longer response keeps its head
-  config.data.row_length = 1024  # T, token slots of a row
+  config.data.row_length = 1024  # most token slots of a row (T)
 
   config.loss = loss  # {name: its options}, summed
   config.reference = pick(REFERENCE, 'reference', reference)
@@ -185,6 +187,7 @@ def shrink(config):
   config.num_steps, config.epochs = 2, 0.0
   config.batch_size = config.eval.batch_size = 8
   config.log_every = 1
+  config.peak_tflops = 1.0
   config.data.max_prompt_tokens = config.data.max_response_tokens = 64
   config.data.row_length = 256
   config.eval.max_groups = 16

@@ -61,15 +61,19 @@ def row_shards(mesh):
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
-def check_batch_size(name, batch_size, mesh):
-  """Every shard of the rows must be able to hold the same number of groups."""
-  shards = row_shards(mesh)
+def check_batch_size(name, batch_size, mesh, *, parts=1):
+  """Every shard of the rows must be able to hold the same number of groups.
+
+  `parts` are micro-batches of which the same holds.
+  """
+  shards = row_shards(mesh) * parts
   if batch_size < 1 or batch_size % shards:
     below = batch_size // shards * shards
     sizes = [str(size) for size in (below, below + shards) if size > 0]
+    micro = f' times {parts} micro-batches' if parts > 1 else ''
     raise ValueError(
-      f'{name} {batch_size} is not divisible by the {shards} devices of'
-      f' mesh axes data x fsdp; use {" or ".join(sizes)}'
+      f'{name} {batch_size} is not divisible by the {row_shards(mesh)} devices'
+      f' of mesh axes data x fsdp{micro}; use {" or ".join(sizes)}'
     )
 
 

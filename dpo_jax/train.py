@@ -4,6 +4,7 @@ Read `train` from top to bottom. Data order is a function of (seed, step) and
 the state holds everything else, so a killed run resumes to the same bits.
 """
 
+import functools
 import math
 import os
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 import tqdm
 
+from dpo_jax import accounting
 from dpo_jax import checkpoint
 from dpo_jax import evaluators
 from dpo_jax import metrics
@@ -42,7 +44,9 @@ class State:
   memory: dict  # of losses that outlive a batch, see `objectives`
 
 
-def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
+def make_step(
+  sums, tx, schedule, *, batch_size, accumulate=1, scale=1.0, ema=None
+):
   """Returns (state, frozen, batch) -> (state, {name: (sum, count)}).
 
   `frozen` is {'base': parameters under an adapter or None, 'ref': what
@@ -56,6 +60,8 @@ def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
     tx: the optimizer.
     schedule: step -> learning rate, for the log.
     batch_size: groups.
+    accumulate: micro-batches, of equal row counts, whose sums and gradients are
+      added up in float32; see `check_accumulate`.
     scale: of the adapter, see `lora.variables`.
     ema: {'alpha', 'every'} where the reference is part of the state: after each
       `every` updates it becomes alpha policy + (1 - alpha) reference; alpha 1
@@ -67,13 +73,21 @@ def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
     ref = frozen['ref'] if state.ref is None else state.ref
     ref_variables = lora.variables(base, ref, scale)
 
-    def loss_function(params):
+    def loss_function(params, batch):
       variables = lora.variables(base, params, scale)
       totals, memory = sums(variables, ref_variables, batch, state.memory)
       return totals['loss'][0] / batch_size, (totals, memory)
 
-    gradient = jax.value_and_grad(loss_function, has_aux=True)
-    (loss, (totals, memory)), grads = gradient(state.params)
+    gradient = jax.grad(loss_function, has_aux=True)
+    if accumulate == 1:
+      grads, (totals, memory) = gradient(state.params, batch)
+    else:
+      memory = state.memory  # empty
+      grads, (totals, _) = summed(
+        functools.partial(gradient, state.params),
+        micro_batches(batch, accumulate),
+      )
+    loss = totals['loss'][0] / batch_size
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     values = {
@@ -98,6 +112,52 @@ def make_step(sums, tx, schedule, *, batch_size, scale=1.0, ema=None):
     return State(params, opt_state, number, ref, memory), measured
 
   return step
+
+
+def micro_batches(batch, number):
+  """[R, ...] -> [number, R / number, ...]: every number-th row.
+
+  So each of the devices that share the rows has its share of each.
+  """
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch
+  )
+
+
+def summed(function, parts):
+  """Sums function(part) over the leading axis of `parts`, in float32."""
+
+  def zeros(x):
+    wide = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.zeros(x.shape, jnp.float32 if wide else x.dtype)
+
+  def add(total, part):
+    return jax.tree.map(lambda t, x: t + x, total, function(part)), None
+
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+  total, _ = jax.lax.scan(add, jax.tree.map(zeros, shapes), parts)
+  return total
+
+
+def check_accumulate(config, mesh):
+  """Refuses micro-batches that would not add up to the batch."""
+  if config.accumulate < 1:
+    raise ValueError(f'accumulate is {config.accumulate}; use 1 or more')
+  sharding.check_batch_size(
+    'batch_size', config.batch_size, mesh, parts=config.accumulate
+  )
+  if config.accumulate == 1:
+    return
+  for term in runs.bind_losses(config):
+    what, fix = f'loss {term.name!r}', 'model.remat=full saves memory too'
+    if term.reduction == 'batch_mean':
+      what, fix = f"{what} with reduction 'batch_mean'", "choose 'mean'"
+    elif not (term.loss.batchwise or term.loss.mismatched or term.memory):
+      continue
+    raise ValueError(
+      f'{what} is a function of the whole batch, which micro-batches do not'
+      f' see; set accumulate to 1 ({fix})'
+    )
 
 
 def moved(ref, params, alpha):
@@ -173,7 +233,7 @@ def training_plan(config, groups, mesh, *, window):
     num_steps=num_steps,
     batch_size=config.batch_size,
     row_length=config.data.row_length,
-    multiple=sharding.row_shards(mesh),
+    multiple=sharding.row_shards(mesh) * config.accumulate,
     window=window,
   )
 
@@ -217,6 +277,7 @@ def train(config, workdir):
 
 def _train(config, workdir, mesh):
   # ----------------------------------------- loss, model, data, reference ----
+  check_accumulate(config, mesh)
   run = runs.set_up(config, mesh)
   policy, groups, ref_values = run.policy, run.groups, run.ref_values
   mode = config.reference.mode
@@ -236,6 +297,8 @@ def _train(config, workdir, mesh):
       ' the reference would never move; lower it, or choose reference=frozen'
     )
   tqdm.tqdm.write(f'train: {plan.summary()}')
+
+  share_of_peak = make_share_of_peak(config, policy, plan.groups, mesh)
 
   # ----------------------------------------------------- optimizer, step ----
   schedule = optim.learning_rate(
@@ -261,6 +324,7 @@ def _train(config, workdir, mesh):
       tx,
       schedule,
       batch_size=config.batch_size,
+      accumulate=config.accumulate,
       scale=policy.scale,
       ema=ema,
     ),
@@ -311,7 +375,7 @@ def _train(config, workdir, mesh):
     check_finite(values, number, checkpoints)
     since.append(number)
     if due('log', number):
-      rates = speed(plan, since, time.perf_counter() - clock)
+      rates = speed(plan, since, time.perf_counter() - clock, share_of_peak)
       named = {f'train/{name}': x for name, x in (values | rates).items()}
       writer.write(number, named)
       since.clear()
@@ -322,7 +386,7 @@ def _train(config, workdir, mesh):
     check_finite(values, number, checkpoints)
     writer.write(number, values, samples)
 
-  compiled = {}  # rows of a batch -> the step for that shape
+  compiled = {}  # shape of a batch -> the step for it
   try:
     if not first:
       measure(0)
@@ -334,14 +398,17 @@ def _train(config, workdir, mesh):
       batch = evaluators.put_batch(
         plan, number - 1, mesh, ref_values=ref_values['train']
       )
-      count = plan.rows_of(number - 1)
+      shape = plan.shape_of(number - 1)
       pause = time.perf_counter()
-      if count not in compiled:
-        compiled[count] = step.lower(state, frozen, batch).compile()
+      if shape not in compiled:
+        compiled[shape] = step.lower(state, frozen, batch).compile()
         pause = time.perf_counter() - pause
-        tqdm.tqdm.write(f'compiled for {count} rows in {pause:.1f} s')
+        tqdm.tqdm.write(
+          f'compiled for {shape.rows} rows of {shape.length} slots in'
+          f' {pause:.1f} s'
+        )
         clock += pause
-      state, values = compiled[count](state, frozen, batch)
+      state, values = compiled[shape](state, frozen, batch)
       if pending:
         finish(*pending)
       pending = number, values
@@ -360,18 +427,51 @@ def _train(config, workdir, mesh):
   return state.params
 
 
-def speed(plan, numbers, seconds):
-  """Means over steps (1 is the first): seconds, pairs/s, real tokens/s, fill.
+def speed(plan, numbers, seconds, flops_of):
+  """Means over steps (1 is the first) of `seconds` together.
 
-  `row_fill` is the share of slots that hold a token.
+  `row_fill` is the share of slots that hold a token; `flops_of` (group
+  numbers) -> the share of the peak that they take for a second.
   """
   steps = [number - 1 for number in numbers]
-  groups = sum(len(plan.steps[step]) for step in steps)
+  groups = [group for step in steps for group in plan.steps[step]]
   tokens = sum(map(plan.tokens, steps))
-  slots = sum(map(plan.rows_of, steps)) * plan.row_length
+  slots = sum(map(plan.slots_of, steps))
   return {
     'step_seconds': seconds / len(steps),
-    'pairs_per_second': groups / seconds,
+    'pairs_per_second': len(groups) / seconds,
     'tokens_per_second': tokens / seconds,
+    'slot_tokens_per_second': slots / seconds,
     'row_fill': tokens / slots,
+    'mfu': flops_of(groups) / seconds,
   }
+
+
+def make_share_of_peak(config, policy, groups, mesh):
+  """Returns group numbers -> their model FLOPs over those of a second.
+
+  The second is one at `config.peak_tflops`, or what is measured now.
+  """
+  peak = 1e12 * config.peak_tflops
+  if peak <= 0:
+    peak = accounting.measured_peak(mesh, policy.config.dtype)
+    tqdm.tqdm.write(
+      f'peak: {peak / 1e12:.3g} TFLOP/s, measured in {policy.config.dtype};'
+      ' set peak_tflops to count train/mfu against another'
+    )
+  work = accounting.work_of(groups, window=policy.config.window)
+  adapter = None
+  if policy.base is not None:
+    adapter = sum(x.size for x in jax.tree.leaves(policy.trained))
+  live = config.reference.mode not in ('cached', 'none')
+
+  def share(numbers):
+    flops = accounting.step_flops(
+      policy.config,
+      accounting.summed(work, numbers),
+      live=live,
+      adapter=adapter,
+    )
+    return flops / peak
+
+  return share

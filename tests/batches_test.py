@@ -83,6 +83,37 @@ def test_rows_are_full_and_shapes_are_few():
   assert plan.slots() == slots
 
 
+@pytest.mark.parametrize('batch_size, multiple', [(8, 1), (16, 8), (64, 8)])
+def test_shorter_rows_fill_what_fewer_rows_cannot(batch_size, multiple):
+  groups = [g for g in hh_like(800) if rows.slots_needed(g, window=None) <= 640]
+
+  def plan(row_length):
+    return batches.training_plan(
+      groups,
+      seed=0,
+      num_steps=8,
+      batch_size=batch_size,
+      row_length=row_length,
+      multiple=multiple,
+      window=None,
+    )
+
+  # 1,025 slots are no multiple of an attention block: only rows so long.
+  whole, free = plan(1025), plan(1024)
+  assert {shape.length for shape in whole.shapes} == {1025}
+  assert len(free.shapes) <= 2
+  for shape in free.shapes:
+    assert shape.length % 128 == 0 and shape.length <= 1024
+    assert shape.rows % multiple == 0
+  assert free.fill() > whole.fill() + 0.02
+  for step in range(8):
+    batch = free.batch(step)
+    assert batch['mask'].sum() == batch_size
+    assert batch['tokens'].shape == free.shape_of(step)[:2]
+    real = np.sum(batch['hi'] - batch['lo'] > 1)
+    assert real <= free.tokens(step) <= free.slots_of(step)
+
+
 def check_harmless_base(folder, tokenizer, cache_dir):
   """The layout's promise on real pairs: at most 245 slots a pair, 2 shapes."""
   dataset = builders.load(
@@ -93,28 +124,33 @@ def check_harmless_base(folder, tokenizer, cache_dir):
     held_out=0.0,
     subsets=('harmless-base',),
   )
-  groups, _ = examples.tokenize(
-    dataset.splits['train'],
-    tokenizer,
-    max_prompt_tokens=600,
-    max_response_tokens=300,
-    form='pairs',
-  )
-  groups = [g for g in groups if rows.slots_needed(g, window=None) <= 1024]
-  assert len(groups) > 2290
-  plan = batches.training_plan(
-    groups,
-    seed=0,
-    num_steps=len(groups) // 64,
-    batch_size=64,
-    row_length=1024,
-    multiple=1,
-    window=None,
-  )
-  shapes = {plan.batch(s)['tokens'].shape for s in range(plan.num_steps)}
-  assert len(shapes) <= 2
-  assert plan.slots() / (64 * plan.num_steps) <= 245
-  assert plan.fill() >= 0.88
+  # With the limits of the design, and with those of the configs.
+  for limits, most_slots, fill in [
+    ((600, 300), 245, 0.88),
+    ((256, 256), 225, 0.92),
+  ]:
+    groups, _ = examples.tokenize(
+      dataset.splits['train'],
+      tokenizer,
+      max_prompt_tokens=limits[0],
+      max_response_tokens=limits[1],
+      form='pairs',
+    )
+    groups = [g for g in groups if rows.slots_needed(g, window=None) <= 1024]
+    assert len(groups) > 2290
+    plan = batches.training_plan(
+      groups,
+      seed=0,
+      num_steps=-(-len(groups) // 64),
+      batch_size=64,
+      row_length=1024,
+      multiple=1,
+      window=None,
+    )
+    shapes = {plan.batch(s)['tokens'].shape for s in range(plan.num_steps)}
+    assert len(shapes) <= 2
+    assert plan.slots() / (64 * plan.num_steps) <= most_slots
+    assert plan.fill() >= fill
 
 
 def test_harmless_base_fills_its_rows(shared, tmp_path):
@@ -141,7 +177,7 @@ def test_processes_partition_the_rows():
     multiple=4,
     window=None,
   )
-  assert all(count % 4 == 0 for count in plan.row_counts)
+  assert all(shape.rows % 4 == 0 for shape in plan.shapes)
   for step in range(3):
     whole = plan.batch(step)
     parts = [plan.batch(step, process=i, processes=4) for i in range(4)]

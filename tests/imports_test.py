@@ -24,6 +24,7 @@ DEVICE_MATHS = {
 HOST = {'data', 'rewards', 'report', 'constraints'}
 # What a room's files must not import: names of packages, or of modules of ours.
 MACHINE = {
+  'accounting',
   'sharding',
   'optim',
   'checkpoint',

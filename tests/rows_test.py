@@ -350,3 +350,37 @@ def test_assignment_respects_both_capacities():
 def test_a_group_longer_than_a_row_is_refused():
   with pytest.raises(ValueError, match='raise data'):
     rows.assign([65], [3], row_length=64, row_scored=50)
+
+
+def test_packing_needs_fewer_rows_than_one_greedy_order():
+  rng = np.random.default_rng(4)
+  saved = 0
+  for _ in range(40):
+    slots = rng.integers(5, 30, 24).tolist()
+    scored = [int(n) for n in rng.integers(1, slots)]
+    greedy = rows.assign(slots, scored, row_length=64, row_scored=64)
+    least = -(-sum(slots) // 64)
+    members = rows.pack(slots, scored, row_length=64, rows=least)
+    if members is None:
+      continue
+    assert sorted(g for row in members for g in row) == list(range(24))
+    assert len(members) == least
+    for row in members:
+      assert sum(slots[g] for g in row) <= 64
+    saved += len(greedy) > least
+  assert saved > 0
+
+
+def test_packing_evens_out_scored_tokens():
+  slots = [10, 9, 8, 7, 6, 5, 4, 3] * 4
+  scored = [9, 1, 7, 1, 5, 1, 3, 1] * 4
+  members = rows.pack(slots, scored, row_length=64, rows=4)
+  most = max(sum(scored[g] for g in row) for row in members)
+  assert most <= 1.1 * sum(scored) / 4 + 1
+  again = rows.pack(slots, scored, row_length=64, rows=4)
+  assert members == again
+
+
+def test_what_cannot_fit_is_not_packed():
+  assert rows.pack([33, 33, 33], [1, 1, 1], row_length=64, rows=2) is None
+  assert rows.pack([65], [1], row_length=64, rows=2) is None

@@ -25,7 +25,13 @@ from tests import worlds
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What a clock decides; everything else must be equal to the last bit.
-TIMED = ('step_seconds', 'pairs_per_second', 'tokens_per_second')
+TIMED = (
+  'step_seconds',
+  'pairs_per_second',
+  'tokens_per_second',
+  'slot_tokens_per_second',
+  'mfu',
+)
 
 
 def losses_of(workdir, name='train/loss'):

@@ -10,13 +10,17 @@ A batch is the dict of `rows.fill`; a process takes its slice of the rows.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
 from dpo_jax.data import rows
 
 _SCORED_MULTIPLE = 16  # row_scored is rounded up to this
-_SCORED_SLACK = 1.25  # most scored tokens of a row, over the mean row's
+_LENGTH_MULTIPLE = 128  # of rows shorter than asked for
+_SPARE = 3  # rows more than the slots of the fullest step ask for
+_TRIED = 4  # shapes packed before one is chosen
+_SAMPLE = 200  # steps of a run that the choice looks at
 
 
 def shuffled(*, seed, step, batch_size, num_groups):
@@ -35,6 +39,14 @@ def _epoch(seed, epoch, num_groups):
   return np.random.default_rng([seed, epoch]).permutation(num_groups)
 
 
+class Shape(NamedTuple):
+  """What is compiled: R rows of T slots with up to S scored tokens each."""
+
+  rows: int
+  length: int
+  scored: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """The shapes of a run and the rows of each of its steps."""
@@ -42,9 +54,8 @@ class Plan:
   groups: list  # of examples.Group
   steps: list  # per step: group numbers
   members: list  # per step: for each row, group numbers
-  row_counts: tuple  # one or two legal R, ascending
-  row_length: int  # T
-  row_scored: int  # S
+  shapes: tuple  # one or two Shapes
+  shape_numbers: list  # per step: which of them
   row_groups: int  # G
   responses: int  # K
   window: int | None  # of the model, see `rows.blocks`
@@ -61,15 +72,14 @@ class Plan:
     """
     return np.cumsum([0, *map(rows.scored_tokens, self.groups)])
 
-  def rows_of(self, step):
-    """R of a step: the smallest compiled shape that holds it."""
-    need = len(self.members[step])
-    return next(count for count in self.row_counts if count >= need)
+  def shape_of(self, step):
+    """Returns the Shape of a step."""
+    return self.shapes[self.shape_numbers[step]]
 
   def batch(self, step, *, process=0, processes=1):
     """Lays out one step; a process gets rows/processes consecutive rows."""
     members = self.members[step]
-    count = self.rows_of(step)
+    count, row_length, row_scored = self.shape_of(step)
     members = members + [[]] * (count - len(members))
     if count % processes:
       raise ValueError(
@@ -79,8 +89,8 @@ class Plan:
     return rows.fill(
       self.groups,
       members[process * share : (process + 1) * share],
-      row_length=self.row_length,
-      row_scored=self.row_scored,
+      row_length=row_length,
+      row_scored=row_scored,
       row_groups=self.row_groups,
       responses=self.responses,
       window=self.window,
@@ -93,9 +103,14 @@ class Plan:
       for g in self.steps[step]
     )
 
+  def slots_of(self, step):
+    """Token slots of a step, padding included."""
+    shape = self.shape_of(step)
+    return shape.rows * shape.length
+
   def slots(self):
     """Token slots of all steps, padding included."""
-    return sum(map(self.rows_of, range(self.num_steps))) * self.row_length
+    return sum(map(self.slots_of, range(self.num_steps)))
 
   def fill(self):
     """Share of all slots that hold a token."""
@@ -105,9 +120,7 @@ class Plan:
   def summary(self):
     """One line for the log."""
     groups = sum(map(len, self.steps))
-    shapes = ' or '.join(
-      f'{count}x{self.row_length}' for count in self.row_counts
-    )
+    shapes = ' or '.join(f'{s.rows}x{s.length}' for s in self.shapes)
     return (
       f'{self.num_steps} steps of {len(self.steps[0])} groups in {shapes}'
       f' slots: {100 * self.fill():.1f}% full,'
@@ -115,16 +128,54 @@ class Plan:
     )
 
 
-def _two_shapes(needs, multiple):
-  """Picks one or two row counts that cover `needs` with the fewest rows."""
-  needs = -(-np.asarray(needs) // multiple) * multiple
-  top = needs.max()
+def _candidates(most, longest, *, row_length, multiple):
+  """Returns (rows, length) of shapes that may hold `most` slots, small first.
 
-  def cost(small):
-    return np.where(needs <= small, small, top).sum()
+  Shorter rows than `row_length` are multiples of 128, the blocks of attention
+  kernels; they make steps of a size between two row counts.
+  """
+  lengths = [row_length]
+  if row_length % _LENGTH_MULTIPLE == 0:
+    lengths = range(row_length, longest - 1, -_LENGTH_MULTIPLE)
+  shapes = []
+  for length in lengths:
+    top = -(-most // (length * multiple)) + _SPARE
+    shapes += [(n * multiple, length) for n in range(1, top + 1)]
+  # Of equal sizes the longest rows, which are the easiest to fill.
+  return sorted(shapes, key=lambda shape: (shape[0] * shape[1], -shape[1]))
 
-  small = min(np.unique(needs), key=cost)
-  return (int(top),) if small == top else (int(small), int(top))
+
+def _two_shapes(candidates, needs, fits):
+  """Picks one or two of `candidates` that hold all steps in the fewest slots.
+
+  Args:
+    candidates: (rows, length), small first.
+    needs: tokens of each step.
+    fits: (step, shape) -> whether the step's groups go into the shape.
+  """
+  sizes = {shape: shape[0] * shape[1] for shape in candidates}
+  order = np.argsort(-needs, kind='stable')  # failures come early
+  top = next(
+    shape
+    for shape in candidates
+    if sizes[shape] >= needs.max() and all(fits(s, shape) for s in order)
+  )
+  # The best few by their sizes, then the best by what really fits in.
+  sample = np.linspace(0, len(needs) - 1, min(len(needs), _SAMPLE)).astype(int)
+  smaller = [shape for shape in candidates if sizes[shape] < sizes[top]]
+
+  def hoped(shape):
+    return np.where(needs <= sizes[shape], sizes[shape], sizes[top]).sum()
+
+  def real(shape):
+    return sum(
+      sizes[shape if needs[s] <= sizes[shape] and fits(s, shape) else top]
+      for s in sample
+    )
+
+  best = sorted(smaller, key=hoped)[:_TRIED]
+  small = min([top, *best], key=real)
+  return (top,) if small == top else (small, top)
 
 
 def plan_steps(groups, steps, *, row_length, multiple, window):
@@ -155,27 +206,44 @@ def plan_steps(groups, steps, *, row_length, multiple, window):
         f' {row_length}; raise it to at least {max(slots)} or lower'
         ' data.max_prompt_tokens or data.max_response_tokens'
       )
-  mean_scored = sum(scored) / sum(slots) * row_length
-  most_scored = max(int(_SCORED_SLACK * mean_scored), *scored, 1)
-  members = []
-  for numbers in steps:
-    least = -(-sum(slots[g] for g in numbers) // row_length)
-    packed = rows.assign(
-      [slots[g] for g in numbers],
-      [scored[g] for g in numbers],
-      row_length=row_length,
-      row_scored=most_scored,
-      rows=least,
+  needs = np.array([sum(slots[g] for g in numbers) for numbers in steps])
+
+  @functools.cache
+  def packed(step, shape):
+    return rows.pack(
+      [slots[g] for g in steps[step]],
+      [scored[g] for g in steps[step]],
+      rows=shape[0],
+      row_length=shape[1],
     )
-    members.append([[numbers[i] for i in row] for row in packed])
-  row_scored = max(sum(scored[g] for g in row) for m in members for row in m)
+
+  candidates = _candidates(
+    needs.max(), max(slots), row_length=row_length, multiple=multiple
+  )
+  shapes = _two_shapes(
+    candidates, needs, lambda step, shape: packed(step, shape) is not None
+  )
+  members, shape_numbers = [], []
+  for step, numbers in enumerate(steps):
+    number = 0 if packed(step, shapes[0]) is not None else len(shapes) - 1
+    shape_numbers.append(number)
+    members.append(
+      [[numbers[i] for i in row] for row in packed(step, shapes[number])]
+    )
+  most_scored = [0] * len(shapes)
+  for number, step_members in zip(shape_numbers, members):
+    for row in step_members:
+      most = sum(scored[g] for g in row)
+      most_scored[number] = max(most_scored[number], most)
   return Plan(
     groups=groups,
     steps=steps,
     members=members,
-    row_counts=_two_shapes([len(m) for m in members], multiple),
-    row_length=row_length,
-    row_scored=-(-row_scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE,
+    shapes=tuple(
+      Shape(*shape, -(-most // _SCORED_MULTIPLE) * _SCORED_MULTIPLE)
+      for shape, most in zip(shapes, most_scored)
+    ),
+    shape_numbers=shape_numbers,
     row_groups=max(len(row) for m in members for row in m),
     responses=responses.pop(),
     window=window,
@@ -240,9 +308,14 @@ def uniform_plan(
     groups=groups,
     steps=steps,
     members=members,
-    row_counts=(count,),
-    row_length=row_groups * (max_prompt + max_response),
-    row_scored=row_groups * max_response,
+    shapes=(
+      Shape(
+        count,
+        row_groups * (max_prompt + max_response),
+        row_groups * max_response,
+      ),
+    ),
+    shape_numbers=[0] * len(steps),
     row_groups=row_groups,
     responses=1,
     window=None,  # a single response stands in order

@@ -61,7 +61,40 @@ def scored_tokens(group):
   return sum(len(r) for r in group.responses)
 
 
-def assign(slots, scored, *, row_length, row_scored, rows=0):
+# What `pack` tries: most scored tokens of a row, over the mean row's, and how
+# many orders of the groups for each.
+_SCORED_SLACKS = (1.1, 1.25, 2.0)
+_ORDERS = 5
+
+
+def pack(slots, scored, *, row_length, rows):
+  """Packs groups into `rows` rows whose scored tokens are about even.
+
+  Even, because the head works on as many tokens of each row as the row with
+  most of them has. Returns what `assign` does, or None if no try fits. The
+  tries are the same in every process.
+  """
+  if sum(slots) > rows * row_length or max(slots) > row_length:
+    return None
+  for slack in _SCORED_SLACKS:
+    row_scored = max(int(slack * sum(scored) / rows) + 1, *scored)
+    for attempt in range(_ORDERS):
+      rng = np.random.default_rng(attempt)
+      blur = rng.uniform(0.7, 1.0, len(slots)) if attempt else 1.0
+      members = assign(
+        slots,
+        scored,
+        row_length=row_length,
+        row_scored=row_scored,
+        rows=rows,
+        sizes=(blur * np.asarray(slots)).tolist(),
+      )
+      if len(members) <= rows:
+        return members
+  return None
+
+
+def assign(slots, scored, *, row_length, row_scored, rows=0, sizes=None):
   """Packs groups into rows by best fit, longest first.
 
   Args:
@@ -70,6 +103,7 @@ def assign(slots, scored, *, row_length, row_scored, rows=0):
     row_length: T, slots of a row.
     row_scored: S, scored tokens of a row.
     rows: rows to start with; more are opened when nothing fits.
+    sizes: what to call long, for another order; None is `slots`.
 
   Returns:
     One list of group numbers a row, in the order given by packing.
@@ -77,7 +111,8 @@ def assign(slots, scored, *, row_length, row_scored, rows=0):
   free_slots = [row_length] * rows
   free_scored = [row_scored] * rows
   members = [[] for _ in range(rows)]
-  for g in sorted(range(len(slots)), key=lambda g: (-slots[g], g)):
+  sizes = slots if sizes is None else sizes
+  for g in sorted(range(len(slots)), key=lambda g: (-sizes[g], g)):
     best, best_free = -1, row_length + 1
     for r, free in enumerate(free_slots):
       if slots[g] <= free < best_free and scored[g] <= free_scored[r]:
