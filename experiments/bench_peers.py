@@ -12,17 +12,17 @@ there is no table.
 
 Environments, each made once (their versions are printed):
 
-  python3 -m venv peers/torch && peers/torch/bin/pip install \
-      torch transformers
-  python3 -m venv peers/trl && peers/trl/bin/pip install torch trl
-  python3 -m venv peers/tunix && peers/tunix/bin/pip install google-tunix
+  mkdir -p runs/peers && cd runs/peers
+  python3 -m venv torch && torch/bin/pip install torch transformers
+  python3 -m venv trl && trl/bin/pip install torch trl
+  python3 -m venv tunix && tunix/bin/pip install google-tunix
 
-Then, in an environment of ours:
+Then, in an environment of ours, at the root of the checkout:
 
-  python -m experiments.bench_peers --side plain_torch=peers/torch/bin/python \
-      --side trl_trainer=peers/trl/bin/python \
-      --side tunix_trainer=peers/tunix/bin/python \
-      --data=FOLDER --batch_size=16 --steps=3
+  python -m experiments.bench_peers --data=FOLDER --batch_size=16 --steps=3 \
+      --side plain_torch=runs/peers/torch/bin/python
+      trl_trainer=runs/peers/trl/bin/python
+      tunix_trainer=runs/peers/tunix/bin/python
 
 `--data` is as in `bench_step`. Peers hold the logits of `--micro` pairs at a
 time and add up gradients. Real tokens are those of a prompt, once, and its two

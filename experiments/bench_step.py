@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from configs import preference
+from dpo_jax import accounting
 from dpo_jax import evaluators
 from dpo_jax import objectives
 from dpo_jax import optim
@@ -44,6 +45,7 @@ from dpo_jax.losses import table
 from dpo_jax.models import lora
 from dpo_jax.models import presets
 from dpo_jax.models import transformer
+from experiments.peers import protocol
 
 TOY = '4/256/4/49152'  # layers / width / heads / vocabulary
 UNIFORM = 64  # tokens of a prompt and of each response
@@ -159,6 +161,17 @@ def random_parameters(model_config, mesh, *, seed=0):
   return unboxed()
 
 
+def adapter_options():
+  """The adapter of configs, LoRA."""
+  section = preference.get_config('adapter=lora').adapter.to_dict()
+  del section['kind']
+  return lora.Lora(**section)
+
+
+def new_adapter(model_config):
+  return lora.init_adapter(model_config, adapter_options(), jax.random.key(0))
+
+
 def make_run(
   model_config, params, ref_params, plan, mesh, *, reference, batch_size, chunk
 ):
@@ -179,11 +192,8 @@ def make_run(
   """
   base, trained, scale = None, params, 1.0
   if reference == 'adapter_off':
-    section = preference.get_config('adapter=lora').adapter.to_dict()
-    del section['kind']
-    how = lora.Lora(**section)
-    base, scale = params, how.scale
-    adapter = lora.init_adapter(model_config, how, jax.random.key(0))
+    base, scale = params, adapter_options().scale
+    adapter = new_adapter(model_config)
     boxed = lora.boxed(model_config, adapter)
     trained = jax.device_put(adapter, sharding.parameter_shardings(boxed, mesh))
   if ref_params is None and base is None:
@@ -235,15 +245,17 @@ def make_run(
   def batch(number):
     return evaluators.put_batch(plan, number, mesh, ref_values=ref_values)
 
-  firsts = {plan.rows_of(n): n for n in reversed(range(plan.num_steps))}
+  firsts = {plan.shape_of(n): n for n in reversed(range(plan.num_steps))}
   compiled = {
-    count: step.lower(state, frozen, batch(number)).compile()
-    for count, number in firsts.items()
+    shape: step.lower(state, frozen, batch(number)).compile()
+    for shape, number in firsts.items()
   }
 
   def run(number):
     nonlocal state
-    state, values = compiled[plan.rows_of(number)](state, frozen, batch(number))
+    state, values = compiled[plan.shape_of(number)](
+      state, frozen, batch(number)
+    )
     loss, count = jax.device_get(values['loss'])
     return float(loss) / float(count)
 
@@ -253,17 +265,12 @@ def make_run(
 # --- The account -------------------------------------------------------------
 
 
-def peak_memory():
-  """Most bytes that this process had in memory so far."""
-  for line in pathlib.Path('/proc/self/status').read_text().splitlines():
-    if line.startswith('VmHWM'):
-      return int(line.split()[1]) * 1024
-  raise OSError('/proc/self/status does not say VmHWM')
-
-
 @dataclasses.dataclass(frozen=True)
 class Account:
-  """What steps took: arrays [steps]; `slots` are what was computed."""
+  """What steps took: arrays [steps]; `slots` are what was computed.
+
+  flops: see `accounting.step_flops`. peak_flops: a second, of all devices.
+  """
 
   loss: np.ndarray
   wall: np.ndarray
@@ -271,7 +278,9 @@ class Account:
   pairs: np.ndarray
   tokens: np.ndarray
   slots: np.ndarray
+  flops: np.ndarray
   peak_memory: int
+  peak_flops: float
 
   def rows(self):
     """{name: array}, a number a step."""
@@ -279,6 +288,7 @@ class Account:
       'pairs/s': self.pairs / self.wall,
       'real tokens/s': self.tokens / self.wall,
       'row fill': self.tokens / self.slots,
+      'FLOPs / peak': self.flops / self.wall / self.peak_flops,
       'process s a step': self.process,
       'wall s a step': self.wall,
     }
@@ -293,6 +303,9 @@ class Account:
       f' {self.tokens.sum() / self.wall.sum():,.1f} real tokens/s, row fill'
       f' {self.tokens.sum() / self.slots.sum():.3f}'
     )
+    lines.append(
+      f'{"peak":18} {self.peak_flops / 1e9:,.1f} GFLOP/s, of a large matmul'
+    )
     lines.append(f'{"peak memory":18} {self.peak_memory / 2**30:,.2f} GiB')
     return '\n'.join(lines)
 
@@ -302,7 +315,25 @@ def real_tokens(group):
   return len(group.prompt) + sum(map(len, group.responses))
 
 
-def measure(run, plan):
+def useful_flops(model_config, plan, *, reference):
+  """Returns the model FLOPs of each step of `plan`."""
+  adapter = None
+  if reference == 'adapter_off':
+    shapes = jax.eval_shape(lambda: new_adapter(model_config))
+    adapter = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  work = accounting.work_of(plan.groups, window=model_config.window)
+  return [
+    accounting.step_flops(
+      model_config,
+      accounting.summed(work, numbers),
+      live=reference != 'cached',
+      adapter=adapter,
+    )
+    for numbers in plan.steps
+  ]
+
+
+def measure(run, plan, *, flops, peak_flops):
   """Does all steps of `plan`; returns the Account of all but the first."""
   run(0)
   taken = []
@@ -318,10 +349,11 @@ def measure(run, plan):
         done[1] - process,
         len(members),
         sum(real_tokens(plan.groups[g]) for g in members),
-        plan.rows_of(number) * plan.row_length,
+        plan.slots_of(number),
+        flops[number],
       )
     )
-  return Account(*np.array(taken).T, peak_memory())
+  return Account(*np.array(taken).T, protocol.peak_memory(), peak_flops)
 
 
 def bench(options):
@@ -349,7 +381,13 @@ def bench(options):
       batch_size=options.batch_size,
       chunk=options.chunk * sharding.row_shards(mesh),
     )
-    return measure(run, plan), plan
+    account = measure(
+      run,
+      plan,
+      flops=useful_flops(model_config, plan, reference=options.reference),
+      peak_flops=accounting.measured_peak(mesh, model_config.dtype),
+    )
+    return account, plan
 
 
 def add_arguments(add):

@@ -11,6 +11,9 @@ from dpo_jax import weights
 from experiments import bench_peers
 from experiments import bench_step
 
+# Rank 16 on all seven matrices of one layer: width 16, MLP 48.
+ADAPTER = 16 * (4 * (16 + 16) + 3 * (16 + 48))
+
 
 def options(**changes):
   values = dict(
@@ -18,7 +21,7 @@ def options(**changes):
     data='uniform',
     batch_size=8,
     steps=2,
-    row_length=1024,
+    row_length=256,
     chunk=512,
     reference='frozen',
   )
@@ -29,18 +32,28 @@ def options(**changes):
 @pytest.mark.parametrize('reference', ['cached', 'adapter_off'])
 def test_a_step_is_counted_as_what_it_is(reference):
   account, plan = bench_step.bench(options(reference=reference))
-  # Eight rows, one a device; a pair is three times 64 tokens, five fill a row.
-  assert plan.rows_of(0) == 8 and plan.num_steps == 3
+  # Eight rows, one a device; a pair is three times 64 tokens.
+  assert plan.shape_of(0)[:2] == (8, 256) and plan.num_steps == 3
   np.testing.assert_array_equal(account.pairs, [8, 8])
   np.testing.assert_array_equal(account.tokens, [8 * 3 * 64] * 2)
-  np.testing.assert_array_equal(account.slots, [8 * 1024] * 2)
+  np.testing.assert_array_equal(account.slots, [8 * 256] * 2)
   rows = account.rows()
-  np.testing.assert_allclose(rows['row fill'], 3 * 64 / 1024)
+  np.testing.assert_allclose(rows['row fill'], 3 * 64 / 256)
   np.testing.assert_allclose(rows['pairs/s'] * account.wall, 8)
+  # Width 16, one layer: 4 d^2 of attention, 3 d 3d of the MLP.
+  tokens, scored, matrices = 8 * 192, 8 * 128, 4 * 256 + 3 * 16 * 48
+  seen = 8 * (128 * 129 / 2 + 64 * 64 + 64 * 65 / 2)
+  forward = 2 * matrices * tokens
+  attend, head = 4 * 16 * seen, 2 * 16 * 64 * scored
+  expected = {
+    'cached': 3 * (forward + attend + head),
+    'adapter_off': 3 * forward + 4 * attend + 3 * head + 6 * tokens * ADAPTER,
+  }
+  np.testing.assert_allclose(account.flops, expected[reference], rtol=1e-9)
   assert account.wall.min() > 0 and account.peak_memory > 2**26
   # Near log 2 on new pairs, but the parameters have moved.
   assert 0 < np.abs(account.loss - np.log(2)).max() < 0.1
-  assert '0.188' in str(account).split('row fill')[1].splitlines()[0]
+  assert '0.750' in str(account).split('row fill')[1].splitlines()[0]
 
 
 def test_an_unknown_shape_is_told_what_there_is():

@@ -1,7 +1,6 @@
 """DPO as it is written by hand in PyTorch, with padding per micro-batch.
 
-    python3 -m venv peers/torch && peers/torch/bin/pip install \
-        torch transformers
+    python3 -m venv torch && torch/bin/pip install torch transformers
 
 Chosen and rejected sequences are one right-padded batch as wide as its longest
 sequence, of models of transformers with its default attention (SDPA); logits

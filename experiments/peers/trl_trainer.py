@@ -1,6 +1,6 @@
 """TRL's DPOTrainer.
 
-    python3 -m venv peers/trl && peers/trl/bin/pip install torch trl
+    python3 -m venv trl && trl/bin/pip install torch trl
 
 Its defaults (a batch is padded to its own longest sequence), in float32 and
 without activation checkpointing, which costs time to save memory, and without

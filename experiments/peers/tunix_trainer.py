@@ -1,6 +1,6 @@
 """Tunix's DPOTrainer, on its Llama.
 
-    python3 -m venv peers/tunix && peers/tunix/bin/pip install google-tunix
+    python3 -m venv tunix && tunix/bin/pip install google-tunix
 
 Its shapes are static, as it means them to be: prompts are padded on the left to
 the longest of the run, responses on the right, so that it compiles once. Its
