@@ -1,0 +1,59 @@
+"""Our own training step as a side of the benchmark; runs where we run."""
+
+from dpo_jax import runs
+from dpo_jax import settings
+from dpo_jax import sharding
+from dpo_jax.data import batches
+from experiments import bench_step
+from experiments.peers import protocol
+
+
+def main():
+  steps = protocol.Steps('jax', 'flax', 'optax')
+  folder, task, _ = protocol.arguments()
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  groups, numbers = [], []
+  for pairs in task['steps']:
+    numbers.append(list(range(len(groups), len(groups) + len(pairs))))
+    groups += [
+      bench_step.make_group(
+        pair['prompt'], (pair['chosen'], pair['rejected']), id='pair'
+      )
+      for pair in pairs
+    ]
+  with sharding.use(mesh):
+    params = {}
+    for part in ('policy', 'ref'):
+      model = settings.Settings(
+        dict(
+          source=str(folder / part),
+          dtype='float32',
+          remat='none',
+          scan_unroll=1,
+        )
+      )
+      config, params[part], _ = runs.open_model(model, mesh=mesh)
+    plan = batches.plan_steps(
+      groups,
+      numbers,
+      row_length=task['row_length'],
+      multiple=sharding.row_shards(mesh),
+      window=config.window,
+    )
+    run = bench_step.make_run(
+      config,
+      params.pop('policy'),
+      params.pop('ref'),
+      plan,
+      mesh,
+      reference=task['reference'],
+      batch_size=task['batch_size'],
+      chunk=task['chunk'],
+    )
+    steps.begin()
+    for number in range(plan.num_steps):
+      steps.end(run(number))
+
+
+if __name__ == '__main__':
+  main()
