@@ -130,7 +130,7 @@ def training(arg):
   config.init = ''  # workdir of another run whose parameters to start from
   config.resume = ''  # workdir of another run whose whole state to go on with
   config.peak_tflops = 0.0  # of all devices, for train/mfu; 0: measured
-  config.logps_chunk = 512  # scored tokens a device has logits of at one time
+  config.logps_chunk = 256  # scored tokens a device has logits of at one time
 
   # Folder of compiled programs; auto: in the user's cache, '': none are kept.
   config.compilation_cache = 'auto'

@@ -5,7 +5,8 @@
 SmolLM2-135M continues openings of movie reviews, VADER scores the texts, the
 best and the worst continuation of each opening become a pair, and DPO trains
 on the pairs. Held-out openings are continued before, during and after.
-Argument `debug`: a tiny random model, seconds.
+Argument `debug`: a tiny random model, seconds; `adapter=lora` trains an
+adapter.
 """
 
 import ml_collections
@@ -14,7 +15,7 @@ from configs import common
 
 
 def get_config(arg=''):
-  arg = common.parse(arg, debug=False)
+  arg = common.parse(arg, debug=False, adapter='none')
   config = ml_collections.ConfigDict()
   config.seed = 0  # of all randomness
   config.rounds = 1  # each starts from, and refers to, the last one's policy
@@ -35,7 +36,7 @@ def get_config(arg=''):
       data='jsonl',
       loss='dpo',
       model='smollm2-135m',
-      adapter='none',
+      adapter=arg['adapter'],
       reference='frozen' if arg['debug'] else 'cached',
       optim='adamw',
       debug=arg['debug'],

@@ -4,11 +4,11 @@ This file knows adapter_config.json and the container; what the tensors are
 called and how they are laid out is `models/pefts`. An attribute that is neither
 implemented nor known to be harmless is refused by name.
 
-What round trips: a folder that `load` takes is written again by `save` with the
-same tensors, bit for bit. An adapter that `save` writes is loaded again bit for
-bit, except weights that are fused elsewhere (q, k and v of GPT-2 and GPT-NeoX)
-and differ in a: those come back with one a of the sum of their ranks, and the
-same products.
+What round trips: a folder of float32 that `load` takes is written again by
+`save` with the same tensors, bit for bit. An adapter that `save` writes is
+loaded again bit for bit, except weights that are fused elsewhere (q, k and v of
+GPT-2 and GPT-NeoX) and differ in a: those come back with one a of the sum of
+their ranks, and the same products.
 """
 
 import json
@@ -96,7 +96,8 @@ def save(folder, adapter, kind, config, *, family, base, overwrite=False):
     kind: `lora.Lora`, of which the scale counts; ranks are the adapter's.
     base: name or path of the model under the adapter.
   """
-  folder = check_target(folder, overwrite=overwrite)
+  folder = pathlib.Path(folder).expanduser()
+  check_target(folder, overwrite=overwrite)
   tensors, ranks = pefts.to_peft(adapter, config, family=family)
   attributes = _describe(
     ranks, kind, pefts.linears(config, family=family), base
@@ -112,18 +113,13 @@ def save(folder, adapter, kind, config, *, family, base, overwrite=False):
 
 
 def check_target(folder, *, overwrite):
-  """Returns the path to write to, or refuses what is there."""
-  folder = pathlib.Path(folder).expanduser()
-  if folder.exists() and not overwrite:
-    raise FileExistsError(
-      f'{folder} exists; give another name, or overwrite it.'
-    )
-  if folder.exists() and not (folder / CONFIG).is_file():
-    raise FileExistsError(
-      f'{folder} is not overwritten, for it has no {CONFIG}: it holds'
-      ' something other than an adapter.'
-    )
-  return folder
+  """Refuses to write where something is, unless it is an adapter to replace."""
+  folders.check_target(
+    folder,
+    overwrite=overwrite,
+    what='an adapter of PEFT',
+    is_ours=lambda path: (path / CONFIG).is_file(),
+  )
 
 
 # --- Reading -----------------------------------------------------------------
@@ -188,6 +184,7 @@ def _is_pattern(is_number):
 def _is_regex(value):
   try:
     re.compile(value)
+    re.compile(rf'(.*\.)?({value})$')  # as `_pattern` does
   except (re.error, TypeError):
     return False
   return True

@@ -133,6 +133,11 @@ def _merged(checkpoint, adapter, how) -> exports.Model:
 
 def _is_run(source) -> bool:
   folder = pathlib.Path(source).expanduser()
+  if (folder / 'round_1').is_dir():
+    raise ValueError(
+      f'{source} holds rounds; give the run of one, such as'
+      f' {folder / "round_1" / "train"}'
+    )
   return (folder / 'checkpoints').is_dir() and 'model' in workdirs.read_config(
     str(folder)
   )
@@ -195,7 +200,9 @@ def _write_adapter(run: _Run, folder, *, overwrite: bool) -> str:
     how,
     checkpoint.config,
     family=families.family_of(checkpoint.family),
-    base=str(run.config['model']['source']).removeprefix('hf:'),
+    base=str(run.config['model']['source'])
+    .removeprefix('hf:')
+    .partition('@')[0],
     overwrite=overwrite,
   )
   number = sum(x.size for x in jax.tree.leaves(adapter))

@@ -92,25 +92,18 @@ def write(
   )
 
 
-def check_target(folder: pathlib.Path, *, overwrite: bool) -> None:
+def check_target(folder, *, overwrite: bool) -> None:
   """Refuses to write where something is, unless it is a model to replace."""
-  if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-    return
-  if not overwrite:
-    raise ValueError(
-      f'{folder} exists; give another folder, or --overwrite to replace it'
-    )
+  folders.check_target(
+    folder, overwrite=overwrite, what='a Hugging Face model', is_ours=_is_model
+  )
+
+
+def _is_model(folder: pathlib.Path) -> bool:
   try:
-    attributes = json.loads((folder / 'config.json').read_text())
-    is_model = 'model_type' in attributes
+    return 'model_type' in json.loads((folder / 'config.json').read_text())
   except (OSError, ValueError):
-    is_model = False
-  # Anything but the files of a model would be lost with it.
-  if not is_model or any(path.is_dir() for path in folder.iterdir()):
-    raise ValueError(
-      f'{folder} is not only a Hugging Face model, so it is not replaced; give '
-      'another folder'
-    )
+    return False
 
 
 def parse_size(text: str) -> int:

@@ -2,7 +2,8 @@
 
 They are written in a folder beside them and moved when they are complete, so
 nobody ever finds half of one under its final name. What a killed process left
-is removed by the next one that writes there.
+is removed by the next one that writes there; but what it was about to replace,
+NAME.old.part-..., is left to its owner.
 """
 
 import contextlib
@@ -13,6 +14,33 @@ import platform
 import shutil
 from collections.abc import Callable
 from collections.abc import Iterator
+
+
+def check_target(folder, *, overwrite: bool, what: str, is_ours: Callable):
+  """Refuses to write a folder where something is, unless it may be replaced.
+
+  Args:
+    folder: to write.
+    overwrite: replace what is there, if it is `what` and nothing else.
+    what: the kind of folder, for the error.
+    is_ours: path -> whether a folder is of that kind.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    return
+  if not overwrite:
+    raise ValueError(
+      f'{folder} exists; give another folder, or --overwrite to replace it'
+    )
+  # Anything but its files would be lost with it.
+  if (
+    not folder.is_dir()
+    or not is_ours(folder)
+    or any(path.is_dir() for path in folder.iterdir())
+  ):
+    raise ValueError(
+      f'{folder} is not only {what}, so it is not replaced; give another folder'
+    )
 
 
 def part_folder(path: pathlib.Path, pid) -> pathlib.Path:

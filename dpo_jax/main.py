@@ -6,8 +6,8 @@ Verbs:
   sample   continue --prompt with the policy of --workdir (or model.source)
   eval     measure the policy of --workdir (or model.source)
   online   rounds of sampling, scoring and training (configs/quickstart.py)
-  convert  write a Hugging Face folder of a model or of a run, without --config:
-           `dpo-jax convert SOURCE FOLDER`
+  convert  write a model, a run or an adapter as a folder that other libraries
+           load (`conversions`): `dpo-jax convert SOURCE FOLDER`, no --config
 
 A config key is set by --config.KEY=VALUE.
 """

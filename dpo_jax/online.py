@@ -80,6 +80,13 @@ def run(config, workdir):
   score = rewards.get(reward)
   constraint, cost, dual = read_constraint(config.constraint, rounds=rounds)
   multiplier, start = dual.pop('multiplier'), dual.pop('start')
+  if train_config['reference']['mode'] == 'adapter_off' and (
+    rounds > 1 and start == 'last'
+  ):
+    raise ValueError(
+      'train.reference.mode is adapter_off, but later rounds begin with the'
+      " last one's adapter; choose another reference, or set rounds to 1"
+    )
   config.check_all_read(but='train')  # `train` checks its own part
   workdirs.claim(workdir, config, json.dumps(prompts))
   heldout = os.path.join(workdir, 'heldout.jsonl')

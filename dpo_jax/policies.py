@@ -113,6 +113,8 @@ def open_adapter(section, model_config, *, key):
 def check_kin(workdir, config):
   """Refuses to begin with what another run trained if it was something else."""
   before = workdirs.read_config(workdir)
+  if not before:
+    raise ValueError(f'{workdir!r} has no config.json; it is no run of `train`')
   old, new = before.get('adapter', {'kind': 'none'}), config.adapter.as_dict()
   if old != new:
     raise ValueError(

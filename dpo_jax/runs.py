@@ -34,7 +34,7 @@ class Run:
   frozen reference, the KL of samples), else None; an adapter that is off is
   None too. first_memory: of `objectives.first_memory`, placed.
   groups, ref_values: of each split. evaluate: (params, moving ref or None,
-  memory) of `train.State` -> (values, sample records).
+  memory) of `steps.State` -> (values, sample records).
   """
 
   policy: policies.Policy
@@ -105,7 +105,9 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         )
   start_ref = None
   if mode == 'frozen' or config.eval.samples.num_prompts:
-    start_ref = _copied(policies.start(policy), model_config.dtype)
+    # An adapter stays in float32: its scale is multiplied in before a cast.
+    dtype = 'float32' if policy.base is not None else model_config.dtype
+    start_ref = _copied(policies.start(policy), dtype)
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(

@@ -124,8 +124,19 @@ def open_checkpoint(source) -> Checkpoint:
     raise FileNotFoundError(
       f'{path} does not exist; give a Hugging Face folder or a .gguf file.'
     )
+  _refuse_unreadable(path, checkpoint.tensors)
+  size, tokenizer = checkpoint.config.vocab_size, checkpoint.tokenizer
+  if tokenizer is not None and tokenizer.vocab_size > size:
+    raise ValueError(
+      f'The tokenizer of {path} has {tokenizer.vocab_size} tokens but '
+      f'the embedding only {size} rows; they are not of the same model.'
+    )
+  return checkpoint
+
+
+def _refuse_unreadable(path, tensors) -> None:
   unreadable = {}
-  for name, tensor in checkpoint.tensors.items():
+  for name, tensor in tensors.items():
     if tensor.dtype is None:
       unreadable.setdefault(tensor.stored, []).append(name)
   if unreadable:
@@ -134,13 +145,6 @@ def open_checkpoint(source) -> Checkpoint:
       f'{path} has tensors stored as {", ".join(lists)}, which cannot be read;'
       ' use the original checkpoint, or a GGUF file of an F16, Q8_0 or Q4 type.'
     )
-  size, tokenizer = checkpoint.config.vocab_size, checkpoint.tokenizer
-  if tokenizer is not None and tokenizer.vocab_size > size:
-    raise ValueError(
-      f'The tokenizer of {path} has {tokenizer.vocab_size} tokens but '
-      f'the embedding only {size} rows; they are not of the same model.'
-    )
-  return checkpoint
 
 
 def _first(names) -> str:
@@ -342,7 +346,9 @@ def _folder_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
 
 def read_headers(path: pathlib.Path) -> dict[str, Tensor]:
   """Returns the tensors of a safetensors file, without their numbers."""
-  return _files_tensors([path])[path.name]
+  tensors = _files_tensors([path])[path.name]
+  _refuse_unreadable(path, tensors)
+  return tensors
 
 
 def _files_tensors(paths) -> dict[str, dict[str, Tensor]]:

@@ -38,7 +38,7 @@ from dpo_jax import ref_cache
 from dpo_jax import runs
 from dpo_jax import settings
 from dpo_jax import sharding
-from dpo_jax import train
+from dpo_jax import steps
 from dpo_jax.data import batches
 from dpo_jax.data import examples
 from dpo_jax.losses import table
@@ -233,14 +233,14 @@ def make_run(
     form='pairs',
     rewards=False,
   )
-  shapes = train.state_shapes(trained, tx, ema=False, memory={})
+  shapes = steps.state_shapes(trained, tx, ema=False, memory={})
   shardings = jax.tree.map(lambda x: x.sharding, shapes)
   step = jax.jit(
-    train.make_step(sums, tx, schedule, batch_size=batch_size, scale=scale),
+    steps.make_step(sums, tx, schedule, batch_size=batch_size, scale=scale),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
-  state = train.init_state(trained, tx)
+  state = steps.init_state(trained, tx)
 
   def batch(number):
     return evaluators.put_batch(plan, number, mesh, ref_values=ref_values)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from dpo_jax import objectives
-from dpo_jax import train
+from dpo_jax import steps
 from dpo_jax.data import batches
 from dpo_jax.data import examples
 from dpo_jax.losses import table
@@ -82,10 +82,10 @@ def counted(config, kind, reference, chunks):
     batch['ref_token_logps'] = np.zeros((rows, scored), np.float32)
   ref = params if reference == 'frozen' else None
   tx = optax.adamw(1e-3)
-  step = train.make_step(
+  step = steps.make_step(
     sums, tx, lambda _: 1e-3, batch_size=PAIRS, scale=scale
   )
-  state = train.State(
+  state = steps.State(
     trained,
     jax.eval_shape(tx.init, trained),
     jax.ShapeDtypeStruct((), jnp.int32),

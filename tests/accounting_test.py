@@ -9,6 +9,7 @@ import pytest
 from dpo_jax import accounting
 from dpo_jax import metrics
 from dpo_jax import sharding
+from dpo_jax import steps
 from dpo_jax import train
 from dpo_jax.data import batches
 from dpo_jax.data import rows
@@ -117,9 +118,9 @@ def test_xla_counts_the_same(reference):
     'costs': np.zeros((R, 1, 2), np.float32),
   }
   tx = optax.sgd(1e-3)
-  step = train.make_step(sums, tx, optax.constant_schedule(0.0), batch_size=R)
+  step = steps.make_step(sums, tx, optax.constant_schedule(0.0), batch_size=R)
   params = worlds.params_of(config)
-  state = train.State(params, tx.init(params), jnp.int32(0), None, {})
+  state = steps.State(params, tx.init(params), jnp.int32(0), None, {})
   frozen = {'base': None, 'ref': params if reference == 'frozen' else None}
   compiled = jax.jit(step).lower(state, frozen, batch).compile()
   counted = compiled.cost_analysis()['flops']

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from dpo_jax import metrics
+from dpo_jax import steps
 from dpo_jax import train
 from dpo_jax.data import batches
 from tests import worlds
@@ -23,7 +24,7 @@ def end_of_steps(accumulate, *, loss, K):
     responses=K,
   )
   tx = optax.sgd(0.01)
-  step = train.make_step(
+  step = steps.make_step(
     sums,
     tx,
     optax.constant_schedule(0.01),
@@ -41,7 +42,7 @@ def end_of_steps(accumulate, *, loss, K):
   )
   params = worlds.params_of(config, size=0.3)
   frozen = {'base': None, 'ref': worlds.params_of(config, 1, size=0.3)}
-  state = train.init_state(jax.device_put(params, one_device()), tx)
+  state = steps.init_state(jax.device_put(params, one_device()), tx)
   step, seen = jax.jit(step), []
   for number in range(5):
     batch = plan.batch(number)
@@ -54,7 +55,12 @@ def end_of_steps(accumulate, *, loss, K):
 
 
 def one_device():
-  mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
+  mesh = jax.make_mesh(
+    (1,),
+    ('data',),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:1],
+  )
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
@@ -84,7 +90,7 @@ def test_eight_micro_batches_equal_one(loss, K):
 
 def test_every_device_has_its_share_of_a_micro_batch():
   rows = np.arange(48)
-  parts = train.micro_batches({'x': rows}, 3)['x']
+  parts = steps.micro_batches({'x': rows}, 3)['x']
   assert sorted(parts.ravel()) == list(rows)
   shares = np.split(rows, 8)  # of eight devices
   for part in parts:
@@ -94,7 +100,7 @@ def test_every_device_has_its_share_of_a_micro_batch():
 
 def test_low_precision_parts_are_summed_in_float32():
   parts = jnp.full((1024, 1), 1 + 1 / 128, jnp.bfloat16)
-  total = train.summed(lambda part: part, parts)
+  total = steps.summed(lambda part: part, parts)
   assert total.dtype == jnp.float32
   assert total[0] == 1024 + 8
 

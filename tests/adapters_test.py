@@ -487,20 +487,35 @@ def test_a_missing_file_is_named(folder, name):
   assert '\n' not in str(error.value)
 
 
+def test_types_that_cannot_be_read_are_refused(folder):
+  place = folder / 'adapter_model.safetensors'
+  tensors = safetensors.numpy.load_file(place)
+  name = min(tensors)
+  tensors[name] = tensors[name].astype(np.int64)
+  safetensors.numpy.save_file(tensors, place)
+  with pytest.raises(ValueError, match='stored as I64 .*cannot be read'):
+    load(folder)
+
+
 # --- Folders ---
 
 
 def test_what_is_there_stays_unless_overwritten(folder, tmp_path):
   adapter, kind = load(folder)
   (folder / 'README.md').write_text('old')
-  with pytest.raises(FileExistsError, match='copy exists; give another name'):
+  with pytest.raises(ValueError, match='copy exists; give another folder'):
     save(folder, adapter, kind, 'llama_untied')
   assert (folder / 'README.md').exists()
   save(folder, adapter, kind, 'llama_untied', overwrite=True)
   assert not (folder / 'README.md').exists()
   assert_same_bits(load(folder)[0], adapter)
   (tmp_path / 'thesis').mkdir()
-  with pytest.raises(FileExistsError, match=r'no adapter_config.json'):
+  (tmp_path / 'thesis' / 'text').write_text('mine')
+  (folder / 'checkpoint-5').mkdir()
+  with pytest.raises(ValueError, match='not only an adapter of PEFT'):
+    save(folder, adapter, kind, 'llama_untied', overwrite=True)
+  (folder / 'checkpoint-5').rmdir()
+  with pytest.raises(ValueError, match='not only an adapter of PEFT'):
     save(tmp_path / 'thesis', adapter, kind, 'llama_untied', overwrite=True)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['copy', 'thesis']
 

@@ -16,6 +16,7 @@ from dpo_jax import metrics
 from dpo_jax import policies
 from dpo_jax import sampling
 from dpo_jax import sharding
+from dpo_jax import steps
 from dpo_jax import train
 from dpo_jax import workdirs
 from dpo_jax.data import batches
@@ -25,7 +26,7 @@ from tests import lora_test
 from tests import worlds
 
 LN2 = math.log(2)
-FAST = {'optim.lr': 1e-2, 'optim.warmup_steps': 0, 'num_steps': 4}
+FAST = {'optim.lr': 3e-3, 'optim.warmup_steps': 0, 'num_steps': 4}
 
 
 def losses_of(workdir, name='train/loss'):
@@ -88,6 +89,22 @@ def test_training_goes_on_from_an_adapter_and_refers_to_it(adapted):
     assert all(abs(x - LN2) < 1e-7 for x in losses_of(workdir)), mode
 
 
+def test_the_reference_is_the_policy_in_bfloat16_at_any_scale(tmp_path):
+  odd = {'model.dtype': 'bfloat16', 'adapter.alpha': 24.0}
+  first = worlds.debug_config(tmp_path, 'adapter=lora', **FAST, **odd)
+  train.train(first, tmp_path / 'first')
+  config = worlds.debug_config(
+    tmp_path,
+    'adapter=lora,reference=frozen',
+    init=str(tmp_path / 'first'),
+    **FAST | {'optim.lr': 0.0} | odd,
+  )
+  train.train(config, tmp_path / 'second')
+  for name in ('train/loss', 'heldout/loss'):
+    losses = losses_of(tmp_path / 'second', name)
+    assert all(abs(x - LN2) < 1e-6 for x in losses), name
+
+
 def refused(tmp_path, message, arg, **changes):
   config = worlds.debug_config(tmp_path, arg, **changes)
   with pytest.raises(ValueError, match=message):
@@ -100,6 +117,7 @@ def test_what_an_adapter_cannot_begin_with_is_refused(adapted):
   check = functools.partial(refused, tmp_path)
   check('would not be the policy it begins', 'adapter=lora', init=init)
   check('was trained with adapter', 'loss=dpo', init=init)
+  check('it is no run of', 'adapter=lora', init=str(tmp_path / 'nowhere'))
   check(
     "set model.source to it, not to 'debug-gpt2'",
     'adapter=lora,reference=frozen',
@@ -113,6 +131,7 @@ def test_what_an_adapter_cannot_begin_with_is_refused(adapted):
     ('reference=adapter_off', {}, 'choose reference=frozen, or adapter=lora'),
     ('adapter=lora,reference=ema', {}, 'set reference.alpha to 1'),
     ('adapter=lora', {'adapter.rank': 0}, 'adapter.rank is 0; use 1 or more'),
+    ('adapter=lora', {'adapter.alpha': math.inf}, 'use a positive number'),
     ('adapter=lora', {'adapter.targets': 'q'}, "'q' matches no weight"),
     ('adapter=lora', {'adapter.kind': 'none'}, 'behind the colon'),
     ('', {'adapter.kind': 'laro'}, "did you mean 'lora'"),
@@ -180,9 +199,9 @@ def test_eight_devices_equal_one():
     tx, schedule = optax.adamw(3e-3), optax.constant_schedule(3e-3)
     sums = worlds.make_sums(config, reference='adapter_off')
     step = jax.jit(
-      train.make_step(sums, tx, schedule, batch_size=16, scale=kind.scale)
+      steps.make_step(sums, tx, schedule, batch_size=16, scale=kind.scale)
     )
-    state = train.init_state(adapter, tx)
+    state = steps.init_state(adapter, tx)
     plan = batches.training_plan(
       worlds.make_groups(40),
       seed=0,
@@ -265,8 +284,8 @@ def compiled(kind, reference, *, chunks=2, **changes):
     batch['ref_token_logps'] = np.zeros(batch['target'].shape, np.float32)
   sums = worlds.make_sums(config, reference=reference, chunk=chunk)
   tx, schedule = optax.adamw(1e-3), optax.constant_schedule(1e-3)
-  step = train.make_step(sums, tx, schedule, batch_size=4, scale=scale)
-  state = train.State(
+  step = steps.make_step(sums, tx, schedule, batch_size=4, scale=scale)
+  state = steps.State(
     trained,
     jax.eval_shape(tx.init, trained),
     jax.ShapeDtypeStruct((), jnp.int32),
@@ -321,5 +340,4 @@ def flops(kind, reference):
 )
 def test_a_step_costs_less_than_three_quarters(full, adapter):
   ratio = flops(KIND, adapter) / flops(None, full)
-  print(f'{adapter}: {ratio:.3f}')
   assert 0.4 < ratio < 0.75

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from dpo_jax import train
+from dpo_jax import steps
 from dpo_jax.data import batches
 from dpo_jax.models import transformer
 from tests import worlds
@@ -40,7 +40,7 @@ def compile_seconds(config):
   sums = worlds.make_sums(config, chunk=512)
   tx = optax.adamw(1e-3)
   schedule = optax.constant_schedule(1e-3)
-  step = train.make_step(sums, tx, schedule, batch_size=4)
+  step = steps.make_step(sums, tx, schedule, batch_size=4)
   params = jax.eval_shape(
     lambda: nn.unbox(transformer.init_params(config, jax.random.key(0)))
   )
@@ -53,7 +53,7 @@ def compile_seconds(config):
     multiple=1,
     window=None,
   )
-  state = train.State(
+  state = steps.State(
     params,
     jax.eval_shape(tx.init, params),
     jax.ShapeDtypeStruct((), jnp.int32),

@@ -41,6 +41,7 @@ MIDDLE = {
   'evaluators',
   'ref_cache',
   'runs',
+  'steps',
   'policies',
   'conversions',
 }

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import attention
 from dpo_jax import logps
 
 R, S, D, V = 3, 10, 8, 60
@@ -71,6 +72,34 @@ def test_extreme_logits_stay_finite():
 
   value, grad = jax.jit(jax.value_and_grad(function))(1e4 * hidden)
   assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize('cap', [None, 4.0])
+def test_a_frozen_unembedding_leaves_the_gradient_as_it_is(cap):
+  hidden, unembed, target, _ = arrays()
+
+  def weighted(function):
+    def total(hidden, unembed):
+      return jnp.sum(
+        jnp.arange(1.0, 1 + target.size).reshape(target.shape)
+        * function(hidden, unembed)
+      )
+
+    return total
+
+  ours = weighted(lambda h, u: logps.token_logps(h, u, target, 4, cap=cap))
+
+  def plain(h, u):
+    logits = attention.soft_cap(h @ u.T, cap)
+    logp = jax.nn.log_softmax(logits)
+    return jnp.take_along_axis(logp, target[..., None], -1)[..., 0]
+
+  alone = jax.jit(jax.grad(ours))(hidden, unembed)
+  both, _ = jax.jit(jax.grad(ours, (0, 1)))(hidden, unembed)
+  expected = jax.grad(weighted(plain))(hidden, unembed)
+  assert np.abs(expected).max() > 1.0
+  np.testing.assert_allclose(alone, expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(both, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_states_give_float32_log_probs():

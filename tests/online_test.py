@@ -89,6 +89,16 @@ def test_losses_are_checked_before_anything_is_sampled(
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_reference_that_round_2_would_refuse_is_refused_at_once(tmp_path):
+  config = quickstart.get_config('debug,adapter=lora')
+  config.rounds = 2
+  with config.unlocked():
+    config.train.reference = {'mode': 'adapter_off'}
+  with pytest.raises(ValueError, match='choose another reference'):
+    online.run(settings.Settings(config.to_dict()), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize(
   'changes, message',
   [

@@ -11,7 +11,7 @@ import pytest
 from dpo_jax import evaluators
 from dpo_jax import optim
 from dpo_jax import sharding
-from dpo_jax import train
+from dpo_jax import steps
 from dpo_jax import weights
 from dpo_jax.data import batches
 from dpo_jax.data import examples
@@ -109,13 +109,13 @@ def replay(
   mode = ('ema' if ema else 'frozen') if needed else 'none'
   sums = worlds.make_sums(policy.config, section, reference=mode, form=form)
   step = jax.jit(
-    train.make_step(sums, tx, schedule, batch_size=B, ema=ema),
+    steps.make_step(sums, tx, schedule, batch_size=B, ema=ema),
     donate_argnums=0,
   )
   where = sharding.replicated(mesh)
   params = jax.device_put(jax.tree.map(jnp.array, policy.params), where)
   moving = jax.device_put(jax.tree.map(jnp.array, ref), where) if ema else None
-  state = train.init_state(params, tx, ref=moving)
+  state = steps.init_state(params, tx, ref=moving)
   out = []
   for number in range(plan.num_steps):
     batch = evaluators.put_batch(plan, number, mesh)

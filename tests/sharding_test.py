@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax import evaluators
 from dpo_jax import sharding
-from dpo_jax import train
+from dpo_jax import steps
 from dpo_jax.data import batches
 from dpo_jax.models import transformer
 from tests import worlds
@@ -35,9 +35,9 @@ def losses_of_a_run(devices, mesh_shape):
   tx = optax.adamw(1e-2)
   schedule = optax.constant_schedule(1e-2)
   step = jax.jit(
-    train.make_step(sums, tx, schedule, batch_size=16), donate_argnums=0
+    steps.make_step(sums, tx, schedule, batch_size=16), donate_argnums=0
   )
-  state = train.init_state(params, tx)
+  state = steps.init_state(params, tx)
   plan = batches.training_plan(
     worlds.make_groups(40),
     seed=0,

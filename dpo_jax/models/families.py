@@ -47,7 +47,7 @@ def family_of(model_type: str) -> tables.Family:
 
 def config_from_hf(attributes: Mapping) -> transformer.TransformerConfig:
   """Translates the dict of a Hugging Face config.json, or refuses it."""
-  if 'model_type' not in attributes:
+  if not isinstance(attributes.get('model_type'), str):
     raise ValueError(
       'config.json has no model_type; add '
       f'one of {", ".join(sorted(FAMILIES))}.'

@@ -55,7 +55,7 @@ class Lora:
   def __post_init__(self):
     if self.rank < 1:
       raise ValueError(f'adapter.rank is {self.rank}; use 1 or more')
-    if not self.alpha > 0:
+    if not 0 < self.alpha < math.inf:
       raise ValueError(f'adapter.alpha is {self.alpha}; use a positive number')
     if self.init not in INITS:
       raise ValueError(

@@ -50,7 +50,11 @@ class Windows:
       windowed = [bool(self.has(i, attributes)) for i in range(layers)]
     else:
       known = ('full_attention', 'sliding_attention')
-      if len(kinds) != layers or any(kind not in known for kind in kinds):
+      if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(kind not in known for kind in kinds)
+      ):
         raise ValueError(
           f'layer_types = {kinds!r} (only {" or ".join(map(repr, known))} for'
           f' each of the {layers} layers is implemented)'
