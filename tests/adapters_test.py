@@ -493,7 +493,7 @@ def test_types_that_cannot_be_read_are_refused(folder):
   name = min(tensors)
   tensors[name] = tensors[name].astype(np.int64)
   safetensors.numpy.save_file(tensors, place)
-  with pytest.raises(ValueError, match='stored as I64 .*cannot be read'):
+  with pytest.raises(ValueError, match=r'stored as I64 .*cannot be read'):
     load(folder)
 
 
