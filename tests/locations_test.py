@@ -109,7 +109,7 @@ def test_official_files_are_downloaded_into_the_cache(tmp_path, monkeypatch):
     assert begins == b'\x1f\x8b'
     calls.append(url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(b'{}\n'))
+    path.write_bytes(gzip.compress(b'{}\n', mtime=0))
 
   monkeypatch.setattr(fetch, 'download', download)
   files = locations.locate(
@@ -129,9 +129,9 @@ def test_official_files_are_downloaded_into_the_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'task, name, right',
   [
-    ('hh', 'helpful-base/train.jsonl.gz', gzip.compress(b'{}')),
+    ('hh', 'helpful-base/train.jsonl.gz', gzip.compress(b'{}', mtime=0)),
     ('tldr', 'batch3.json', b'{"info": {}}\n'),
-    ('imdb', 'aclImdb_v1.tar.gz', gzip.compress(b'tar')),
+    ('imdb', 'aclImdb_v1.tar.gz', gzip.compress(b'tar', mtime=0)),
   ],
 )
 def test_a_login_page_is_never_taken_for_data(
