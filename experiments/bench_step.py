@@ -34,6 +34,7 @@ from dpo_jax import accounting
 from dpo_jax import evaluators
 from dpo_jax import objectives
 from dpo_jax import optim
+from dpo_jax import policies
 from dpo_jax import ref_cache
 from dpo_jax import runs
 from dpo_jax import settings
@@ -126,7 +127,7 @@ def load_groups(options, model_config):
   config.data.held_out = 0.0
   config.data.max_prompt_tokens = options.limit
   config.data.max_response_tokens = options.limit
-  tokenizer = runs.open_source(options.tokenizer).tokenizer
+  tokenizer = policies.open_source(options.tokenizer).tokenizer
   groups, report = runs.load_groups(
     settings.Settings(config.data.to_dict()), tokenizer, model_config, terms()
   )
@@ -144,7 +145,7 @@ def terms():
 
 
 def random_parameters(model_config, mesh, *, seed=0):
-  """Returns random parameters, placed as `runs.open_model` places them."""
+  """Returns random parameters, placed as `policies.open_model` places them."""
 
   def boxed():
     return transformer.init_params(model_config, jax.random.key(seed))
@@ -202,11 +203,13 @@ def make_run(
     )
   ref_values = None
   if reference == 'cached':
-    ref_values = ref_cache.compute(
+    ref_values = np.full(plan.starts[-1], np.nan, np.float32)
+    ref_cache.compute(
       objectives.make_token_logps(model_config, chunk=chunk),
       {'params': ref_params},
       plan,
       mesh,
+      ref_values,
       name='all pairs',
     )
     ref_params = None

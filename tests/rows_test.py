@@ -16,7 +16,7 @@ from tests import worlds
 
 P1, P2, P3, C1, C2, R1, R2, E = 11, 12, 13, 21, 22, 31, 32, 99
 # What the model sees of a batch.
-INPUTS = ('tokens', 'positions', 'lo', 'hi', 'source', 'target')
+INPUTS = ('tokens', 'positions', 'lo', 'hi', 'source', 'target', 'slot')
 
 
 def group(prompt, *responses, **fields):

@@ -51,7 +51,7 @@ def test_loss_is_ln_2_before_the_first_update(tmp_path, mode):
 
 def test_the_window_of_the_model_reaches_every_plan(tmp_path, monkeypatch):
   model = dataclasses.replace(
-    presets.DEBUG['debug-llama'], window=20, windowed=(True, False)
+    presets.DEBUG['debug-llama'], window=20, windowed=(True, True)
   )
   monkeypatch.setitem(presets.DEBUG, 'debug-llama', model)
   plans, plan_steps = [], batches.plan_steps

@@ -1,6 +1,6 @@
 """Our own training step as a side of the benchmark; runs where we run."""
 
-from dpo_jax import runs
+from dpo_jax import policies
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax.data import batches
@@ -32,7 +32,7 @@ def main():
           scan_unroll=1,
         )
       )
-      config, params[part], _ = runs.open_model(model, mesh=mesh)
+      config, params[part], _ = policies.open_model(model, mesh=mesh)
     plan = batches.plan_steps(
       groups,
       numbers,
