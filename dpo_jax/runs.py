@@ -60,7 +60,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
   if config.logps_chunk < 1:
     raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
-  chunk = config.logps_chunk * sharding.row_shards(mesh)
+  chunk = config.logps_chunk
 
   # ---------------------------------------------------------------- loss ----
   terms = bind_losses(config)

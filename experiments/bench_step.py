@@ -10,6 +10,12 @@ and by the process (user + system, all threads).
   python -m experiments.bench_step --data=FOLDER --subset=harmless-base \
       --shape=smollm2-135m --reference=cached --batch_size=8 --steps=2
 
+A model of a billion parameters on one GPU, on long packed rows:
+
+  python -m experiments.bench_step --data=FOLDER --shape=llama3.2-1b \
+      --dtype=bfloat16 --remat=full --limit=512 --row_length=2048 \
+      --batch_size=32 --chunk=1024 --steps=10
+
 One thread: put before it
 
   taskset -c 0 env XLA_FLAGS='--xla_cpu_multi_thread_eigen=false
@@ -22,6 +28,7 @@ pair's prompt and responses have at most `--limit` tokens each.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -193,14 +200,16 @@ def make_run(
   """
   base, trained, scale = None, params, 1.0
   if reference == 'adapter_off':
-    base, scale = params, adapter_options().scale
+    base = transformer.cast(params, model_config.dtype)
+    scale = adapter_options().scale
     adapter = new_adapter(model_config)
     boxed = lora.boxed(model_config, adapter)
     trained = jax.device_put(adapter, sharding.parameter_shardings(boxed, mesh))
-  if ref_params is None and base is None:
-    ref_params = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree))(
-      params
-    )
+  if ref_params is None and base is None:  # as in `runs`
+    dtype = model_config.dtype
+    ref_params = jax.jit(
+      lambda tree: transformer.cast(jax.tree.map(jax.numpy.copy, tree), dtype)
+    )(params)
   ref_values = None
   if reference == 'cached':
     ref_values = np.full(plan.starts[-1], np.nan, np.float32)
@@ -337,8 +346,7 @@ def useful_flops(model_config, plan, *, reference):
 
 
 def measure(run, plan, *, flops, peak_flops):
-  """Does all steps of `plan`; returns the Account of all but the first."""
-  run(0)
+  """Does all steps of `plan` but the first; returns their Account."""
   taken = []
   for number in range(1, plan.num_steps):
     start, process = time.perf_counter(), time.process_time()
@@ -362,7 +370,9 @@ def measure(run, plan, *, flops, peak_flops):
 def bench(options):
   """Runs one measurement; returns its Account and the plan."""
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-  model_config = model_shape(options.shape)
+  model_config = dataclasses.replace(
+    model_shape(options.shape), dtype=options.dtype, remat=options.remat
+  )
   groups = load_groups(options, model_config)
   plan = batches.training_plan(
     groups,
@@ -382,14 +392,20 @@ def bench(options):
       mesh,
       reference=options.reference,
       batch_size=options.batch_size,
-      chunk=options.chunk * sharding.row_shards(mesh),
+      chunk=options.chunk,
     )
-    account = measure(
-      run,
-      plan,
-      flops=useful_flops(model_config, plan, reference=options.reference),
-      peak_flops=accounting.measured_peak(mesh, model_config.dtype),
-    )
+    run(0)
+    peak_flops = accounting.measured_peak(mesh, model_config.dtype)
+    tracing = contextlib.nullcontext()
+    if options.trace:
+      tracing = jax.profiler.trace(options.trace)
+    with tracing:
+      account = measure(
+        run,
+        plan,
+        flops=useful_flops(model_config, plan, reference=options.reference),
+        peak_flops=peak_flops,
+      )
     return account, plan
 
 
@@ -403,7 +419,7 @@ def add_arguments(add):
   add('--batch_size', type=int, default=16, help='pairs a step')
   add('--steps', type=int, default=5, help='timed, after a first one')
   add('--row_length', type=int, default=1024, help='slots of a row')
-  add('--chunk', type=int, default=512, help='scored tokens with logits')
+  add('--chunk', type=int, default=256, help='scored tokens with logits')
 
 
 def main():
@@ -411,7 +427,11 @@ def main():
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   add_arguments(parser.add_argument)
-  parser.add_argument('--reference', choices=REFERENCES, default='frozen')
+  add = parser.add_argument
+  add('--reference', choices=REFERENCES, default='frozen')
+  add('--dtype', choices=transformer.DTYPES, default='float32')
+  add('--remat', choices=transformer.REMATS, default='none')
+  add('--trace', default='', help='folder for a trace of jax.profiler')
   options = parser.parse_args()
   account, plan = bench(options)
   print(f'{jax.devices()[0].device_kind} x {jax.device_count()}, jax', end=' ')

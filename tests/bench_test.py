@@ -24,14 +24,19 @@ def options(**changes):
     row_length=256,
     chunk=512,
     reference='frozen',
+    dtype='float32',
+    remat='none',
+    trace='',
   )
   return types.SimpleNamespace(**(values | changes))
 
 
 # A live reference, the usual case, is what `ours` is asked for below.
 @pytest.mark.parametrize('reference', ['cached', 'adapter_off'])
-def test_a_step_is_counted_as_what_it_is(reference):
-  account, plan = bench_step.bench(options(reference=reference))
+def test_a_step_is_counted_as_what_it_is(reference, tmp_path):
+  how = options(reference=reference, trace=str(tmp_path))
+  account, plan = bench_step.bench(how)
+  assert list(tmp_path.rglob('*.xplane.pb'))
   # Eight rows, one a device; a pair is three times 64 tokens.
   assert plan.shape_of(0)[:2] == (8, 256) and plan.num_steps == 3
   np.testing.assert_array_equal(account.pairs, [8, 8])
