@@ -8,7 +8,7 @@ and by the process (user + system, all threads).
   python -m experiments.bench_step
   python -m experiments.bench_step --data=pairs.jsonl --batch_size=16
   python -m experiments.bench_step --data=FOLDER --subset=harmless-base \
-      --shape=smollm2-135m --reference=cached --batch_size=8 --steps=2
+      --shape=smollm2-135m --reference frozen cached --batch_size=8 --steps=2
 
 A model of a billion parameters on one GPU, on long packed rows:
 
@@ -345,30 +345,35 @@ def useful_flops(model_config, plan, *, reference):
   ]
 
 
-def measure(run, plan, *, flops, peak_flops):
-  """Does all steps of `plan` but the first; returns their Account."""
-  taken = []
+def measure(runs, plan, *, flops, peak_flops):
+  """Does all steps of `plan` but the first; returns {name: Account}.
+
+  Args:
+    runs: {name: of `make_run`}; they take turns, step by step.
+    plan: see `batches`.
+    flops: {name: useful FLOPs of each step}.
+    peak_flops: a second.
+  """
+  taken = {name: [] for name in runs}
   for number in range(1, plan.num_steps):
-    start, process = time.perf_counter(), time.process_time()
-    loss = run(number)
-    done = time.perf_counter(), time.process_time()
     members = plan.steps[number]
-    taken.append(
-      (
-        loss,
-        done[0] - start,
-        done[1] - process,
-        len(members),
-        sum(real_tokens(plan.groups[g]) for g in members),
-        plan.slots_of(number),
-        flops[number],
-      )
-    )
-  return Account(*np.array(taken).T, protocol.peak_memory(), peak_flops)
+    tokens = sum(real_tokens(plan.groups[g]) for g in members)
+    for name, run in runs.items():
+      start, process = time.perf_counter(), time.process_time()
+      loss = run(number)
+      wall = time.perf_counter() - start
+      process = time.process_time() - process
+      counts = len(members), tokens, plan.slots_of(number), flops[name][number]
+      taken[name].append((loss, wall, process, *counts))
+  memory = protocol.peak_memory()
+  return {
+    name: Account(*np.array(rows).T, memory, peak_flops)
+    for name, rows in taken.items()
+  }
 
 
 def bench(options):
-  """Runs one measurement; returns its Account and the plan."""
+  """Measures each of `options.reference`: ({reference: Account}, plan)."""
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   model_config = dataclasses.replace(
     model_shape(options.shape), dtype=options.dtype, remat=options.remat
@@ -384,29 +389,27 @@ def bench(options):
     window=model_config.window,
   )
   with sharding.use(mesh):
-    run = make_run(
-      model_config,
-      random_parameters(model_config, mesh),
-      None,
-      plan,
-      mesh,
-      reference=options.reference,
-      batch_size=options.batch_size,
-      chunk=options.chunk,
-    )
-    run(0)
+    runs, flops = {}, {}
+    for reference in options.reference:
+      runs[reference] = make_run(
+        model_config,
+        random_parameters(model_config, mesh),
+        None,
+        plan,
+        mesh,
+        reference=reference,
+        batch_size=options.batch_size,
+        chunk=options.chunk,
+      )
+      runs[reference](0)
+      flops[reference] = useful_flops(model_config, plan, reference=reference)
     peak_flops = accounting.measured_peak(mesh, model_config.dtype)
     tracing = contextlib.nullcontext()
     if options.trace:
       tracing = jax.profiler.trace(options.trace)
     with tracing:
-      account = measure(
-        run,
-        plan,
-        flops=useful_flops(model_config, plan, reference=options.reference),
-        peak_flops=peak_flops,
-      )
-    return account, plan
+      accounts = measure(runs, plan, flops=flops, peak_flops=peak_flops)
+    return accounts, plan
 
 
 def add_arguments(add):
@@ -428,16 +431,28 @@ def main():
   )
   add_arguments(parser.add_argument)
   add = parser.add_argument
-  add('--reference', choices=REFERENCES, default='frozen')
+  add(
+    '--reference',
+    choices=REFERENCES,
+    nargs='+',
+    default=['frozen'],
+    help='several take turns, and the peak memory is that of all together',
+  )
   add('--dtype', choices=transformer.DTYPES, default='float32')
   add('--remat', choices=transformer.REMATS, default='none')
   add('--trace', default='', help='folder for a trace of jax.profiler')
   options = parser.parse_args()
-  account, plan = bench(options)
+  accounts, plan = bench(options)
   print(f'{jax.devices()[0].device_kind} x {jax.device_count()}, jax', end=' ')
-  print(f'{jax.__version__}, {options.shape}, reference {options.reference}')
+  print(f'{jax.__version__}, {options.shape}, {options.dtype}')
   print(plan.summary())
-  print(account)
+  first = accounts[options.reference[0]]
+  for reference, account in accounts.items():
+    print(f'reference {reference}')
+    print(account)
+    if account is not first:
+      ratio = np.median(first.process / account.process)
+      print(f'{"times as fast":18} {ratio:.3f} (process s, median over steps)')
 
 
 if __name__ == '__main__':
