@@ -1,9 +1,10 @@
-"""Measure our training step: what a step costs, and what it gets done.
+r"""Measure our training step: what a step costs, and what it gets done.
 
 The step is the one `dpo-jax train` compiles (DPO, beta 0.1, AdamW), fed by the
-same plan of rows. The shape is compiled and the first step is done before the
-clock starts; then every step is waited for and timed by itself, by the clock
-and by the process (user + system, all threads).
+same plan of rows, that of a whole epoch, whose first steps are timed: as in
+`train`, an epoch has one or two shapes. They are compiled and the first step is
+done before the clock starts; then every step is waited for and timed by itself,
+by the clock and by the process (user + system, all threads).
 
   python -m experiments.bench_step
   python -m experiments.bench_step --data=pairs.jsonl --batch_size=16
@@ -18,7 +19,7 @@ A model of a billion parameters on one GPU, on long packed rows:
 
 One thread: put before it
 
-  taskset -c 0 env XLA_FLAGS='--xla_cpu_multi_thread_eigen=false
+  taskset -c 0 env XLA_FLAGS='--xla_cpu_multi_thread_eigen=false \
       intra_op_parallelism_threads=1'
 
 `--data` is `uniform` (random tokens, 64 of a prompt and of each response), a
@@ -108,6 +109,11 @@ def uniform_groups(number, *, vocab_size, length=UNIFORM, seed=0):
     make_group(prompt, (chosen, rejected), id=str(n))
     for n, (prompt, chosen, rejected) in enumerate(tokens)
   ]
+
+
+def epoch_steps(groups, options):
+  """Steps of an epoch over `groups`, or all that are timed if that is more."""
+  return max(options.steps + 1, len(groups) // options.batch_size)
 
 
 def make_group(prompt, responses, *, id):
@@ -345,17 +351,24 @@ def useful_flops(model_config, plan, *, reference):
   ]
 
 
-def measure(runs, plan, *, flops, peak_flops):
-  """Does all steps of `plan` but the first; returns {name: Account}.
+def peak_memory():
+  """Most bytes in use so far: of the first device, on a CPU of the process."""
+  statistics = jax.local_devices()[0].memory_stats() or {}
+  return statistics.get('peak_bytes_in_use') or protocol.peak_memory()
+
+
+def measure(runs, plan, steps, *, flops, peak_flops):
+  """Does so many steps of `plan` after the first; returns {name: Account}.
 
   Args:
     runs: {name: of `make_run`}; they take turns, step by step.
     plan: see `batches`.
+    steps: to be timed.
     flops: {name: useful FLOPs of each step}.
     peak_flops: a second.
   """
   taken = {name: [] for name in runs}
-  for number in range(1, plan.num_steps):
+  for number in range(1, steps + 1):
     members = plan.steps[number]
     tokens = sum(real_tokens(plan.groups[g]) for g in members)
     for name, run in runs.items():
@@ -365,7 +378,7 @@ def measure(runs, plan, *, flops, peak_flops):
       process = time.process_time() - process
       counts = len(members), tokens, plan.slots_of(number), flops[name][number]
       taken[name].append((loss, wall, process, *counts))
-  memory = protocol.peak_memory()
+  memory = peak_memory()
   return {
     name: Account(*np.array(rows).T, memory, peak_flops)
     for name, rows in taken.items()
@@ -382,7 +395,7 @@ def bench(options):
   plan = batches.training_plan(
     groups,
     seed=0,
-    num_steps=options.steps + 1,
+    num_steps=epoch_steps(groups, options),
     batch_size=options.batch_size,
     row_length=options.row_length,
     multiple=sharding.row_shards(mesh),
@@ -408,7 +421,9 @@ def bench(options):
     if options.trace:
       tracing = jax.profiler.trace(options.trace)
     with tracing:
-      accounts = measure(runs, plan, flops=flops, peak_flops=peak_flops)
+      accounts = measure(
+        runs, plan, options.steps, flops=flops, peak_flops=peak_flops
+      )
     return accounts, plan
 
 
@@ -423,6 +438,8 @@ def add_arguments(add):
   add('--steps', type=int, default=5, help='timed, after a first one')
   add('--row_length', type=int, default=1024, help='slots of a row')
   add('--chunk', type=int, default=256, help='scored tokens with logits')
+  add('--dtype', choices=transformer.DTYPES[:2], default='float32')
+  add('--remat', choices=transformer.REMATS, default='none')
 
 
 def main():
@@ -438,8 +455,6 @@ def main():
     default=['frozen'],
     help='several take turns, and the peak memory is that of all together',
   )
-  add('--dtype', choices=transformer.DTYPES, default='float32')
-  add('--remat', choices=transformer.REMATS, default='none')
   add('--trace', default='', help='folder for a trace of jax.profiler')
   options = parser.parse_args()
   accounts, plan = bench(options)
