@@ -51,7 +51,7 @@ def _listed(x):
 
 def _chunk_size(tokens, chunk):
   """C: as many of `tokens` as give even chunks of at most `chunk`."""
-  return math.ceil(tokens / math.ceil(tokens / chunk))
+  return math.ceil(tokens / max(math.ceil(tokens / chunk), 1)) or 1
 
 
 def _pad(x_LN, multiple):
@@ -282,17 +282,19 @@ def _token_logps_backward(chunk, cap, collisions, residuals, grads):
     def one_chunk(part_grad_LBD, inputs):
       hidden_LCD, target_LC, normalizer_LC, grad_LC = inputs
       logits_LCB = _logits(hidden_LCD, part_BD, cap)
-      logits_grad_LCB = grad_LC[..., None] * _logits_grad(
+      logits_grad_LCB = _logits_grad(
         logits_LCB, normalizer_LC, target_LC - start, cap
-      )
-      logits_grad_LCB = logits_grad_LCB.astype(hidden_LCD.dtype)
+      ).astype(hidden_LCD.dtype)
+      # The cotangents, which are small, are multiplied where nothing of theirs
+      # is lost in float16.
+      grad_LC1 = grad_LC[..., None]
       part_grad_LBD += jnp.einsum(
         'LCB,LCD->LBD',
         logits_grad_LCB,
-        hidden_LCD,
+        (grad_LC1 * hidden_LCD).astype(hidden_LCD.dtype),
         preferred_element_type=jnp.float32,
       )
-      return part_grad_LBD, jnp.einsum(
+      return part_grad_LBD, grad_LC1 * jnp.einsum(
         'LCB,BD->LCD',
         logits_grad_LCB,
         new_BD,
@@ -349,9 +351,8 @@ def token_kls(
   The full-vocabulary sum: over prefixes that p sampled it is the
   Rao-Blackwellized estimator of the sequence KL (DPO, footnote 3,
   arXiv:2305.18290). Differentiable in all arrays; the backward pass recomputes
-  each chunk. Arguments as in `token_logps`.
+  each chunk. Arguments as in `token_logps`, but of padding nothing is known.
   """
-
   R, S = p_hidden_RSD.shape[:2]
   p_unembed_VD = _ready(p_unembed_VD, p_hidden_RSD.dtype)
   q_unembed_VD = _ready(q_unembed_VD, q_hidden_RSD.dtype)

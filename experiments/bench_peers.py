@@ -57,6 +57,7 @@ import numpy as np
 from dpo_jax import exports
 from dpo_jax import weights
 from dpo_jax.data import batches
+from dpo_jax.data import rows
 from dpo_jax.data import tokenizers
 from experiments import bench_step
 
@@ -132,7 +133,7 @@ def write_task(folder, groups, options):
   )
   (folder / 'task.json').write_text(json.dumps(task))
   return [
-    sum(bench_step.real_tokens(groups[g]) for g in numbers)
+    sum(rows.real_tokens(groups[g]) for g in numbers)
     for numbers in steps[: options.steps + 1]
   ]
 

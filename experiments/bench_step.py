@@ -328,11 +328,6 @@ class Account:
     return '\n'.join(lines)
 
 
-def real_tokens(group):
-  """Tokens of a group, its prompt once."""
-  return len(group.prompt) + sum(map(len, group.responses))
-
-
 def useful_flops(model_config, plan, *, reference):
   """Returns the model FLOPs of each step of `plan`."""
   adapter = None
@@ -370,7 +365,7 @@ def measure(runs, plan, steps, *, flops, peak_flops):
   taken = {name: [] for name in runs}
   for number in range(1, steps + 1):
     members = plan.steps[number]
-    tokens = sum(real_tokens(plan.groups[g]) for g in members)
+    tokens = plan.tokens(number)
     for name, run in runs.items():
       start, process = time.perf_counter(), time.process_time()
       loss = run(number)

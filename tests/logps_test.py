@@ -161,6 +161,26 @@ def test_bfloat16_states_give_float32_log_probs():
   np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
+def test_small_cotangents_survive_float16():
+  keys = jax.random.split(jax.random.key(0), 3)
+  words, tokens = 20_000, 64
+  hidden = jax.random.normal(keys[0], (1, tokens, 32))
+  unembed = 0.1 * jax.random.normal(keys[1], (words, 32))
+  target = jax.random.randint(keys[2], (1, tokens), 0, words)
+
+  def grads(dtype):
+    def total(hidden, unembed):
+      values = logps.token_logps(hidden, unembed, target, 32, cap=None)
+      return 0.1 * 0.5 / 64 * jnp.sum(values)  # beta 0.1, 64 pairs
+
+    found = jax.grad(total, (0, 1))(hidden.astype(dtype), unembed)
+    return [np.asarray(x, np.float64) for x in found]
+
+  for low, exact in zip(grads(jnp.float16), grads(jnp.float32), strict=True):
+    off = np.linalg.norm(low - exact) / np.linalg.norm(exact)
+    assert off < 0.01
+
+
 def loss(hidden, unembed, target, cap=None):
   return jnp.sum(logps.token_logps(hidden, unembed, target, 32, cap=cap))
 
