@@ -185,7 +185,7 @@ class _Run:
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=place), like
     )
-    step, items = workdirs.restore_newest(self.workdir, {'params': like})
+    step, items = workdirs.restore(self.workdir, {'params': like})
     source = f'{self.workdir}, step {step}, of {self._opened.source}'
     checkpoint = dataclasses.replace(self._opened, source=source)
     return checkpoint, items['params']

@@ -9,12 +9,15 @@ Verbs:
   convert  write a model, a run or an adapter as a folder that other libraries
            load (`conversions`): `dpo-jax convert SOURCE FOLDER`, no --config
 
-A config key is set by --config.KEY=VALUE.
+A config key is set by --config.KEY=VALUE. train, eval, sample and online may
+run as several processes, of which docs/launching.md tells.
 """
 
 import json
+import os
 import pathlib
 import sys
+import traceback
 
 import jax
 import ml_collections.config_flags
@@ -28,6 +31,7 @@ from dpo_jax import exports
 from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import policies
+from dpo_jax import processes
 from dpo_jax import runs
 from dpo_jax import sampling
 from dpo_jax import settings
@@ -55,6 +59,20 @@ MERGE = flags.DEFINE_bool(
 )
 OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'convert: replace a model that is there.'
+)
+COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'Several processes: HOST:PORT where process 0 listens.'
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes',
+  None,
+  'How many; 1: no others, whatever the environment says.',
+)
+PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0.'
+)
+START_TIMEOUT = flags.DEFINE_float(
+  'start_timeout', 300.0, 'Seconds to wait until all processes are there.'
 )
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'sample: text to continue.')
 
@@ -115,7 +133,7 @@ def evaluate(config, workdir):
     if run.first_memory:
       items['memory'] = run.first_memory
     if workdir:
-      step, items = workdirs.restore_newest(workdir, items)
+      step, items = workdirs.restore(workdir, items)
     values, _ = run.evaluate(**({'ref': None, 'memory': {}} | items))
   values = {name: float(value) for name, value in values.items()}
   print(json.dumps({'step': step, **values}, indent=2))
@@ -171,6 +189,9 @@ VERBS = {
 # Verbs that need no config and take arguments of their own.
 BARE_VERBS = {'convert': convert}
 
+# Verbs that several processes may run together.
+SHARED_VERBS = ('train', 'eval', 'sample', 'online')
+
 # Mistakes of the user end in one line; --traceback shows where they arose.
 MISTAKES = (ValueError, FloatingPointError, OSError, AttributeError, KeyError)
 
@@ -182,12 +203,28 @@ def main(argv):
     raise ValueError(f'expected one verb of {", ".join(known)}, got {argv[1:]}')
   verb = names.look_up(known, 'verb', argv[1])
   logging.set_verbosity(logging.WARNING)  # Orbax tells much
+  join_processes(argv[1])
   if argv[1] in BARE_VERBS:
     verb(argv[2:])
     return
   if CONFIG.value is None:
     raise ValueError('a verb needs --config=FILE, such as configs/sft.py')
   verb(settings.Settings(CONFIG.value.to_dict()), WORKDIR.value)
+  processes.finish()
+
+
+def join_processes(verb):
+  """Starts JAX over all processes, if there are several."""
+  launch = processes.find(
+    COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ
+  )
+  if verb in SHARED_VERBS:
+    processes.start(launch, timeout=START_TIMEOUT.value)
+  elif launch.how not in ('alone', 'TPU'):
+    raise ValueError(
+      f'{verb} runs as one process, and this is one of several'
+      f' ({launch.how}); run it once, with --num_processes=1'
+    )
 
 
 def run():
@@ -200,10 +237,36 @@ def run():
       sys.path.insert(0, str(path.absolute().parents[1]))
   try:
     app.run(main, flags_parser=_parse)
+  except processes.Preempted as error:
+    text = f'{error.what}; start it again to go on'
+    if not error.together:
+      processes.fail(text, processes.PREEMPTED)
+    print(f'dpo-jax: {text}', file=sys.stderr)
+    processes.finish()
+    raise
   except MISTAKES as error:
     if '--traceback' in sys.argv:
-      raise
+      _tell(error)
+    processes.fail(str(error))
     sys.exit(f'dpo-jax: {error}  (--traceback shows where)')
+  except jax.errors.JaxRuntimeError as error:
+    if processes.alone() or '--traceback' in sys.argv:
+      _tell(error)
+    line = str(error).splitlines()[0]
+    processes.fail(f'{line}; {processes.AGAIN}')
+    sys.exit(1)
+  except Exception as error:
+    _tell(error)
+    processes.fail(f'{type(error).__name__}: {error}')
+    sys.exit(1)
+  except KeyboardInterrupt:
+    processes.fail('interrupted')
+    raise
+
+
+def _tell(error):
+  # sys.stderr of all processes but the first is closed.
+  traceback.print_exception(error, file=sys.__stderr__)
 
 
 def _parse(argv):

@@ -69,7 +69,7 @@ def test_prepare_train_eval_sample(tmp_path):
   assert result.returncode == 0, result.stderr
   assert 'step 2, of debug-llama' in result.stdout
   like = weights.load(tmp_path / 'out')
-  _, items = workdirs.restore_newest(
+  _, items = workdirs.restore(
     str(tmp_path / 'run'), {'params': jax.tree.map(jnp.asarray, like.params)}
   )
   weights_test.assert_trees_equal(like.params, jax.device_get(items['params']))
