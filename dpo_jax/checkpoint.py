@@ -329,8 +329,6 @@ class Checkpoints:
     """Calls; an error of writing says what to do, and takes no more space."""
     try:
       return function()
-    except ValueError:
-      raise
     except Exception as error:
       step = self.newest if step is None else step
       if processes.first():

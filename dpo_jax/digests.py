@@ -1,10 +1,10 @@
 """Digests of arrays: equal numbers have equal digests, wherever they lie.
 
-A digest is two sums of the array's 32-bit words, each times an odd number that
-depends on the word's place, modulo 2^32: computed on the devices that hold the
-array, in whole numbers, so that it is the same on every mesh and for any
-number of processes. A changed bit always changes it; two changes cancel by
-chance once in 2^64. It is no defence against intent.
+A digest is two sums, modulo 2^32, of a hash of each 32-bit word and its place:
+computed on the devices that hold the array, in whole numbers, so that it is the
+same on every mesh and for any number of processes. One changed word always
+changes it, several cancel by chance once in 2^64. It is no defence against
+intent.
 """
 
 import functools
@@ -12,8 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_ODD = (0x9E3779B1, 0x85EBCA6B)  # of xxHash
-_MIX = (0x7FEB352D, 0x846CA68B)  # of a 32-bit hash by C. Wellons
+_SEEDS = (0x9E3779B1, 0x85EBCA77)  # odd: places are told apart
 
 
 def of(tree):
@@ -66,8 +65,8 @@ def _sum(x):
   )
   return jnp.stack(
     [
-      jnp.sum(words * _odd(place, odd, mix), dtype=jnp.uint32)
-      for odd, mix in zip(_ODD, _MIX)
+      jnp.sum(_mixed(words ^ (place * jnp.uint32(seed))), dtype=jnp.uint32)
+      for seed in _SEEDS
     ]
   )
 
@@ -81,8 +80,8 @@ def _words(x):
   return jax.lax.bitcast_convert_type(x, wide).astype(jnp.uint32)
 
 
-def _odd(place, odd, mix):
-  """An odd number for each place, without a pattern."""
-  x = (place + jnp.uint32(1)) * jnp.uint32(odd)
-  x = (x ^ (x >> 15)) * jnp.uint32(mix)
-  return (x ^ (x >> 13)) | jnp.uint32(1)
+def _mixed(x):
+  """Maps 32-bit words one to one to others without a pattern (C. Wellons)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)

@@ -235,29 +235,33 @@ def run():
     if name in ('--config', '-config'):
       path = pathlib.Path((value if equals else following).partition(':')[0])
       sys.path.insert(0, str(path.absolute().parents[1]))
+  ends_all(lambda: app.run(main, flags_parser=_parse))
+
+
+def ends_all(function):
+  """Calls; what ends this process ends the others of the run, and says why."""
+  trace = '--traceback' in sys.argv
   try:
-    app.run(main, flags_parser=_parse)
-  except processes.Preempted as error:
-    text = f'{error.what}; start it again to go on'
-    if not error.together:
+    function()
+  except processes.Preempted as stop:
+    text = f'{stop.what}; start it again to go on'
+    if not stop.together:
       processes.fail(text, processes.PREEMPTED)
     print(f'dpo-jax: {text}', file=sys.stderr)
     processes.finish()
     raise
   except MISTAKES as error:
-    if '--traceback' in sys.argv:
+    if trace:
       _tell(error)
     processes.fail(str(error))
     sys.exit(f'dpo-jax: {error}  (--traceback shows where)')
-  except jax.errors.JaxRuntimeError as error:
-    if processes.alone() or '--traceback' in sys.argv:
-      _tell(error)
-    line = str(error).splitlines()[0]
-    processes.fail(f'{line}; {processes.AGAIN}')
-    sys.exit(1)
   except Exception as error:
-    _tell(error)
-    processes.fail(f'{type(error).__name__}: {error}')
+    # Of several processes, most likely one has gone in the middle of a step.
+    gone = isinstance(error, jax.errors.JaxRuntimeError)
+    if trace or not gone or processes.alone():
+      _tell(error)
+    line = str(error).strip().splitlines()[0]
+    processes.fail(f'{line}; {processes.AGAIN}' if gone else line)
     sys.exit(1)
   except KeyboardInterrupt:
     processes.fail('interrupted')

@@ -317,7 +317,6 @@ def command(config, workdir):
 @pytest.mark.parametrize(
   'arg, kill_at',
   [
-    ('reference=frozen', 8),
     ('reference=cached', 5),
     ('reference=ema,loss=dpo+bco', 6),
     ('adapter=lora', 7),
