@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def restore(directory, like, *, which=NEWEST, set_aside=False) -> Found:
       processes.wait('set aside')
       return found
     damaged[step] = reason
-    tqdm.tqdm.write(f'checkpoint {step} of {directory} is damaged: {reason}')
+    _tell(f'checkpoint {step} of {directory} is damaged: {reason}')
   reasons = '; '.join(f'{step}: {text}' for step, text in damaged.items())
   raise ValueError(
     f'no checkpoint that {directory} has and that was asked for is whole'
@@ -195,7 +196,11 @@ def _set_aside(folder):
   aside = folder.with_name(f'{folder.name}.damaged')
   shutil.rmtree(aside, ignore_errors=True)
   folder.rename(aside)
-  tqdm.tqdm.write(f'set it aside as {aside.name}')
+  _tell(f'set it aside as {aside.name}')
+
+
+def _tell(text):
+  tqdm.tqdm.write(text, file=sys.stderr)  # stdout may be JSON
 
 
 def _first_line(error):
@@ -339,24 +344,25 @@ class Checkpoints:
         for path in self._directory.glob('[0-9]*')
         if path.name.isdigit()
       ]
-      fix = 'see why, and start the run again'
-      if _is_full(error):
-        fix = (
+      reason, fix = _first_line(error), 'see why, and start the run again'
+      if full := _why_full(error):
+        reason, fix = (
+          full,
           'free some space (checkpoint.keep says how many are kept), and start'
-          ' the run again'
+          ' the run again',
         )
       raise OSError(
-        f'checkpoint {step} could not be written ({_first_line(error)}); the'
+        f'checkpoint {step} could not be written ({reason}); the'
         f' last good one is {max(kept) if kept else "none"}; {fix}'
       ) from error
 
 
-def _is_full(error: Any) -> bool:
-  """Whether an error, or one that it came from, is of a full disk."""
+def _why_full(error: Any) -> str:
+  """Says of which full disk an error, or one that it came from, is; else ''."""
   while error is not None:
-    if isinstance(error, OSError) and error.errno in _FULL:
-      return True
-    if any(os.strerror(number) in str(error) for number in _FULL):
-      return True
+    for number in _FULL:
+      why = os.strerror(number)
+      if getattr(error, 'errno', None) == number or why in str(error):
+        return why
     error = error.__cause__ or error.__context__
-  return False
+  return ''

@@ -74,6 +74,11 @@ PROCESS_ID = flags.DEFINE_integer(
 START_TIMEOUT = flags.DEFINE_float(
   'start_timeout', 300.0, 'Seconds to wait until all processes are there.'
 )
+CHECKPOINT = flags.DEFINE_string(
+  'checkpoint',
+  'newest',
+  'eval, sample, convert: of a run; newest, best, a step.',
+)
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'sample: text to continue.')
 
 
@@ -98,23 +103,29 @@ def sample(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   if workdir:
     workdirs.check_same(workdir, config, ('model', 'adapter'))
-  policy = policies.open_policy(config, mesh, workdir=workdir or '')
+  policy = policies.open_policy(
+    config, mesh, workdir=workdir or '', which=CHECKPOINT.value
+  )
   tokenizer = policy.tokenizer
   how = config.eval.samples
   repeated = [
     text for text in PROMPT.value for _ in range(how.samples_per_prompt)
   ]
-  samples = sampling.generate(
-    policy.config,
-    policy.variables(policy.trained),
-    examples.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
-    key=policies.stream(config.seed, 'sample'),
-    max_new_tokens=how.max_new_tokens,
-    temperature=how.temperature,
-    top_p=how.top_p,
-    eos_id=tokenizer.eos_ids,
-    batch_size=how.batch_size,
+  prompts = examples.encode_prompts(
+    repeated, tokenizer, config.data.max_prompt_tokens
   )
+  with sharding.use(mesh):
+    samples = sampling.generate(
+      policy.config,
+      policy.variables(policy.trained),
+      prompts,
+      key=policies.stream(config.seed, 'sample'),
+      max_new_tokens=how.max_new_tokens,
+      temperature=how.temperature,
+      top_p=how.top_p,
+      eos_id=tokenizer.eos_ids,
+      batch_size=how.batch_size,
+    )
   texts = evaluators.response_texts(samples, tokenizer)
   for prompt, text in zip(repeated, texts):
     print(json.dumps({'prompt': prompt, 'response': text}, ensure_ascii=False))
@@ -133,7 +144,7 @@ def evaluate(config, workdir):
     if run.first_memory:
       items['memory'] = run.first_memory
     if workdir:
-      step, items = workdirs.restore(workdir, items)
+      step, items = workdirs.restore(workdir, items, which=CHECKPOINT.value)
     values, _ = run.evaluate(**({'ref': None, 'memory': {}} | items))
   values = {name: float(value) for name, value in values.items()}
   print(json.dumps({'step': step, **values}, indent=2))
@@ -168,6 +179,7 @@ def convert(arguments):
       dtype=DTYPE.value,
       shard_size=SHARD_SIZE.value,
       overwrite=OVERWRITE.value,
+      which=CHECKPOINT.value,
     )
   )
 
@@ -192,6 +204,9 @@ BARE_VERBS = {'convert': convert}
 # Verbs that several processes may run together.
 SHARED_VERBS = ('train', 'eval', 'sample', 'online')
 
+# Verbs that read a run's checkpoint, of which --checkpoint says which.
+READERS = ('eval', 'sample', 'convert')
+
 # Mistakes of the user end in one line; --traceback shows where they arose.
 MISTAKES = (ValueError, FloatingPointError, OSError, AttributeError, KeyError)
 
@@ -202,7 +217,14 @@ def main(argv):
   if len(argv) < 2 or (len(argv) > 2 and argv[1] not in BARE_VERBS):
     raise ValueError(f'expected one verb of {", ".join(known)}, got {argv[1:]}')
   verb = names.look_up(known, 'verb', argv[1])
-  logging.set_verbosity(logging.WARNING)  # Orbax tells much
+  # Orbax tells much, and of errors before it raises them.
+  trace = '--traceback' in sys.argv
+  logging.set_verbosity(logging.WARNING if trace else logging.FATAL)
+  if CHECKPOINT.value != 'newest' and argv[1] not in READERS:
+    raise ValueError(
+      f'--checkpoint is for {", ".join(READERS)}; {argv[1]} goes on from the'
+      ' newest one'
+    )
   join_processes(argv[1])
   if argv[1] in BARE_VERBS:
     verb(argv[2:])

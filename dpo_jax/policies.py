@@ -59,9 +59,9 @@ class Policy:
     return lora.variables(self.base, trained, self.scale)
 
 
-def open_policy(config, mesh, *, workdir=''):
+def open_policy(config, mesh, *, workdir='', which='newest'):
   """Opens the model with its adapter, if any: as it is in `workdir`, else new
-  or as `config.init` says.
+  or as `config.init` says. `which` checkpoint of `workdir`, see `checkpoint`.
   """
   section = dict(config.adapter)
   alone = section['kind'] == 'none'
@@ -84,7 +84,8 @@ def open_policy(config, mesh, *, workdir=''):
   saved = workdir or config.init
   if saved:
     check_kin(saved, config)
-    _, items = workdirs.restore(saved, {'params': trained})
+    which = which if workdir else 'newest'
+    _, items = workdirs.restore(saved, {'params': trained}, which=which)
     trained = items['params']
   return Policy(model_config, tokenizer, trained, base, scale)
 

@@ -105,7 +105,7 @@ def test_a_damaged_newest_checkpoint_is_found_whatever_file_it_is(
     found = checkpoint.restore(folder, like(items_of(6, where), where))
     # Not every file is needed; but what is read is what was saved.
     assert_equal(found.items, items_of(found.step, where))
-    told = f'checkpoint 6 of {folder} is damaged' in capsys.readouterr().out
+    told = f'checkpoint 6 of {folder} is damaged' in capsys.readouterr().err
     assert told == (found.step == 3), file
     noticed |= {file.parts[1]} if told else set()
   assert noticed >= {'manifest', 'params', 'opt_state'}
@@ -256,7 +256,7 @@ def test_a_run_goes_on_before_a_damaged_checkpoint(tmp_path, capsys):
   config = worlds.settings.Settings(config.as_dict())
   again = jax.device_get(train.train(config, tmp_path / 'run'))
   jax.tree.map(np.testing.assert_array_equal, whole, again)
-  assert 'checkpoint 6 of' in capsys.readouterr().out
+  assert 'checkpoint 6 of' in capsys.readouterr().err
   names = sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir())
   assert names == ['3', '6', '6.damaged']
   assert len(metrics.read(tmp_path / 'run')) == len(before)
