@@ -11,6 +11,8 @@ found, and the one before it is used. Arrays go to any mesh.
 """
 
 import errno
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -164,9 +166,16 @@ def _manifest(directory, step):
   if reason:
     return None, reason
   manifest = items['manifest']
-  if not isinstance(manifest, dict) or 'items' not in manifest:
+  if not isinstance(manifest, dict):
     return None, 'its manifest is not one'
+  if manifest.pop('sha256', None) != _sha256(manifest):
+    return None, 'its manifest is not what was saved'
   return manifest, None
+
+
+def _sha256(manifest):
+  text = json.dumps(manifest, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _attempt(folder, args):
@@ -185,7 +194,9 @@ def _attempt(folder, args):
   try:
     items = dict(reader.restore(folder, args=ocp.args.Composite(**args)))
   except Exception as error:  # whatever a library makes of bytes it cannot read
-    reason = _first_line(error)
+    while error.__cause__ is not None:
+      error = error.__cause__
+    reason = f'{type(error).__name__}: {_first_line(error)}'
   finally:
     reader.close()
   reasons = [text for text in processes.gathered(reason) if text]
@@ -299,7 +310,9 @@ class Checkpoints:
       manifest['best'] = [self._best, self._rating(values)]
       self._values[step] = manifest['best'][1]
     saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    saves['manifest'] = ocp.args.JsonSave(manifest)
+    saves['manifest'] = ocp.args.JsonSave(
+      manifest | {'sha256': _sha256(manifest)}
+    )
     self._tried(
       lambda: self._manager.save(
         step, args=ocp.args.Composite(**saves), force=True

@@ -14,6 +14,7 @@ run as several processes, of which docs/launching.md tells.
 """
 
 import json
+import logging as stdlib_logging
 import os
 import pathlib
 import sys
@@ -220,6 +221,8 @@ def main(argv):
   # Orbax tells much, and of errors before it raises them.
   trace = '--traceback' in sys.argv
   logging.set_verbosity(logging.WARNING if trace else logging.FATAL)
+  if not trace:
+    stdlib_logging.getLogger('asyncio').setLevel(stdlib_logging.CRITICAL)
   if CHECKPOINT.value != 'newest' and argv[1] not in READERS:
     raise ValueError(
       f'--checkpoint is for {", ".join(READERS)}; {argv[1]} goes on from the'

@@ -111,13 +111,14 @@ def test_a_damaged_newest_checkpoint_is_found_whatever_file_it_is(
   assert noticed >= {'manifest', 'params', 'opt_state'}
 
 
-def test_a_bit_anywhere_in_the_data_is_noticed(tmp_path):
+@pytest.mark.parametrize(
+  'item, pattern', [('params', 'd/*'), ('manifest', 'm*')]
+)
+def test_a_bit_anywhere_in_the_data_is_noticed(tmp_path, item, pattern):
   write(tmp_path, [6])
   where = rows_over(8)
-  data = max(
-    (tmp_path / '6' / 'params').rglob('d/*'),
-    key=lambda p: p.stat().st_size,
-  )
+  files = (tmp_path / '6' / item).rglob(pattern)
+  data = max(files, key=lambda p: p.stat().st_size)
   original = data.read_bytes()
   rng = np.random.default_rng(0)
   items, same = items_of(6, where), 0
@@ -330,6 +331,7 @@ def test_manifests_are_json_that_a_person_can_read(tmp_path):
   write(tmp_path, [3])
   text = (tmp_path / '3' / 'manifest' / 'metadata').read_text()
   manifest = json.loads(text)
+  assert [*manifest] == ['items', 'measured', 'best', 'sha256']
   items = items_of(3, sharding.replicated(rows_over(8).mesh))
   assert manifest['items']['params'] == digests.of(items['params'])
   assert manifest['measured'] is True
