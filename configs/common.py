@@ -160,7 +160,11 @@ def training(arg):
   config.loss = loss  # {name: its options}, summed
   config.reference = pick(REFERENCE, 'reference', reference)
   config.optim = optim_section(arg['optim'])
-  config.checkpoint = dict(every=200, keep=2)  # steps; newest ones kept
+  config.checkpoint = dict(
+    every=200,  # steps; also after the last
+    keep=2,  # newest ones kept
+    best='',  # min:heldout/loss, max:heldout/rewards/accuracy: keep that too
+  )
   config.eval = dict(
     every=200,  # steps; also before the first and after the last
     batch_size=64,  # groups

@@ -35,6 +35,7 @@ def convert(
   dtype='auto',
   shard_size='5GB',
   overwrite=False,
+  which='newest',
 ) -> str:
   """Writes a model or an adapter; returns an account of it.
 
@@ -46,13 +47,16 @@ def convert(
     dtype: one of `exports.DTYPES`, of models.
     shard_size: bytes a file holds at most, as a text such as '500MB'.
     overwrite: replace a model, or an adapter, that is in the folder already.
+    which: checkpoint of a run, see `checkpoint.restore`.
   """
   if dtype not in exports.DTYPES:
     raise ValueError(
       f'dtype is {dtype!r}; use one of {", ".join(exports.DTYPES)}'
     )
   size = exports.parse_size(shard_size)
-  run = _Run(str(source)) if _is_run(source) else None
+  run = _Run(str(source), which) if _is_run(source) else None
+  if run is None and which != 'newest':
+    raise ValueError(f'--checkpoint is for runs; {source} is a model')
   adapted = run is not None and run.config['adapter']['kind'] != 'none'
   if run is not None and adapter:
     raise ValueError(
@@ -144,10 +148,11 @@ def _is_run(source) -> bool:
 
 
 class _Run:
-  """The newest checkpoint of a run; its config says of which model."""
+  """A checkpoint of a run; its config says of which model."""
 
-  def __init__(self, workdir: str):
+  def __init__(self, workdir: str, which: str):
     self.workdir = os.path.expanduser(workdir)
+    self._which = which
     self.config = workdirs.read_config(self.workdir)
     opened = policies.open_source(self.config['model']['source'])
     tokenizer = opened.tokenizer
@@ -185,7 +190,9 @@ class _Run:
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=place), like
     )
-    step, items = workdirs.restore_newest(self.workdir, {'params': like})
+    step, items = workdirs.restore(
+      self.workdir, {'params': like}, which=self._which
+    )
     source = f'{self.workdir}, step {step}, of {self._opened.source}'
     checkpoint = dataclasses.replace(self._opened, source=source)
     return checkpoint, items['params']

@@ -11,6 +11,7 @@ import tqdm
 
 from dpo_jax import logps
 from dpo_jax import objectives
+from dpo_jax import processes
 from dpo_jax import rewards
 from dpo_jax import sampling
 from dpo_jax import sharding
@@ -64,17 +65,18 @@ def make_heldout(sums, plan, mesh, *, ref_values):
 
 def _progress(steps, title):
   """Counts the steps of a measurement on a bar that goes when it is done."""
-  return tqdm.trange(steps, desc=title, leave=False)
+  for step in tqdm.trange(steps, desc=title, leave=False):
+    processes.poll()
+    yield step
 
 
 def put_batch(plan, step, mesh, *, ref_values=None):
   """Builds this process's rows of a batch and joins them over processes."""
-  batch = plan.batch(
-    step, process=jax.process_index(), processes=jax.process_count()
-  )
+  count = plan.shape_of(step).rows
+  batch = plan.batch(step, own=sharding.own_rows(count, mesh))
   if ref_values is not None:
     batch['ref_token_logps'] = batches.place(ref_values, plan.starts, batch)
-  return sharding.put_rows(batch, mesh)
+  return sharding.put_rows(batch, mesh, count=count)
 
 
 def make_sequence_kl(model_config, mesh, *, chunk):
@@ -181,7 +183,7 @@ def make_samples(
         top_p=top_p,
         eos_id=tokenizer.eos_ids,
         batch_size=batch_size,
-        on_batch=lambda done: bar.update(done - bar.n),
+        on_batch=lambda done: (bar.update(done - bar.n), processes.poll()),
       )
     responses = samples.responses()
     columns = {'length': samples.lengths, 'ended': samples.ended}

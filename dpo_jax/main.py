@@ -9,12 +9,16 @@ Verbs:
   convert  write a model, a run or an adapter as a folder that other libraries
            load (`conversions`): `dpo-jax convert SOURCE FOLDER`, no --config
 
-A config key is set by --config.KEY=VALUE.
+A config key is set by --config.KEY=VALUE. train, eval, sample and online may
+run as several processes, of which docs/launching.md tells.
 """
 
 import json
+import logging as stdlib_logging
+import os
 import pathlib
 import sys
+import traceback
 
 import jax
 import ml_collections.config_flags
@@ -28,6 +32,7 @@ from dpo_jax import exports
 from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import policies
+from dpo_jax import processes
 from dpo_jax import runs
 from dpo_jax import sampling
 from dpo_jax import settings
@@ -56,6 +61,25 @@ MERGE = flags.DEFINE_bool(
 OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'convert: replace a model that is there.'
 )
+COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'Several processes: HOST:PORT where process 0 listens.'
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes',
+  None,
+  'How many; 1: no others, whatever the environment says.',
+)
+PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0.'
+)
+START_TIMEOUT = flags.DEFINE_float(
+  'start_timeout', 300.0, 'Seconds to wait until all processes are there.'
+)
+CHECKPOINT = flags.DEFINE_string(
+  'checkpoint',
+  'newest',
+  'eval, sample, convert: of a run; newest, best, a step.',
+)
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'sample: text to continue.')
 
 
@@ -80,23 +104,29 @@ def sample(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   if workdir:
     workdirs.check_same(workdir, config, ('model', 'adapter'))
-  policy = policies.open_policy(config, mesh, workdir=workdir or '')
+  policy = policies.open_policy(
+    config, mesh, workdir=workdir or '', which=CHECKPOINT.value
+  )
   tokenizer = policy.tokenizer
   how = config.eval.samples
   repeated = [
     text for text in PROMPT.value for _ in range(how.samples_per_prompt)
   ]
-  samples = sampling.generate(
-    policy.config,
-    policy.variables(policy.trained),
-    examples.encode_prompts(repeated, tokenizer, config.data.max_prompt_tokens),
-    key=policies.stream(config.seed, 'sample'),
-    max_new_tokens=how.max_new_tokens,
-    temperature=how.temperature,
-    top_p=how.top_p,
-    eos_id=tokenizer.eos_ids,
-    batch_size=how.batch_size,
+  prompts = examples.encode_prompts(
+    repeated, tokenizer, config.data.max_prompt_tokens
   )
+  with sharding.use(mesh):
+    samples = sampling.generate(
+      policy.config,
+      policy.variables(policy.trained),
+      prompts,
+      key=policies.stream(config.seed, 'sample'),
+      max_new_tokens=how.max_new_tokens,
+      temperature=how.temperature,
+      top_p=how.top_p,
+      eos_id=tokenizer.eos_ids,
+      batch_size=how.batch_size,
+    )
   texts = evaluators.response_texts(samples, tokenizer)
   for prompt, text in zip(repeated, texts):
     print(json.dumps({'prompt': prompt, 'response': text}, ensure_ascii=False))
@@ -115,7 +145,7 @@ def evaluate(config, workdir):
     if run.first_memory:
       items['memory'] = run.first_memory
     if workdir:
-      step, items = workdirs.restore_newest(workdir, items)
+      step, items = workdirs.restore(workdir, items, which=CHECKPOINT.value)
     values, _ = run.evaluate(**({'ref': None, 'memory': {}} | items))
   values = {name: float(value) for name, value in values.items()}
   print(json.dumps({'step': step, **values}, indent=2))
@@ -150,6 +180,7 @@ def convert(arguments):
       dtype=DTYPE.value,
       shard_size=SHARD_SIZE.value,
       overwrite=OVERWRITE.value,
+      which=CHECKPOINT.value,
     )
   )
 
@@ -171,6 +202,12 @@ VERBS = {
 # Verbs that need no config and take arguments of their own.
 BARE_VERBS = {'convert': convert}
 
+# Verbs that several processes may run together.
+SHARED_VERBS = ('train', 'eval', 'sample', 'online')
+
+# Verbs that read a run's checkpoint, of which --checkpoint says which.
+READERS = ('eval', 'sample', 'convert')
+
 # Mistakes of the user end in one line; --traceback shows where they arose.
 MISTAKES = (ValueError, FloatingPointError, OSError, AttributeError, KeyError)
 
@@ -181,13 +218,38 @@ def main(argv):
   if len(argv) < 2 or (len(argv) > 2 and argv[1] not in BARE_VERBS):
     raise ValueError(f'expected one verb of {", ".join(known)}, got {argv[1:]}')
   verb = names.look_up(known, 'verb', argv[1])
-  logging.set_verbosity(logging.WARNING)  # Orbax tells much
+  # Orbax tells much, and of errors before it raises them.
+  trace = '--traceback' in sys.argv
+  logging.set_verbosity(logging.WARNING if trace else logging.FATAL)
+  if not trace:
+    stdlib_logging.getLogger('asyncio').setLevel(stdlib_logging.CRITICAL)
+  if CHECKPOINT.value != 'newest' and argv[1] not in READERS:
+    raise ValueError(
+      f'--checkpoint is for {", ".join(READERS)}; {argv[1]} goes on from the'
+      ' newest one'
+    )
+  join_processes(argv[1])
   if argv[1] in BARE_VERBS:
     verb(argv[2:])
     return
   if CONFIG.value is None:
     raise ValueError('a verb needs --config=FILE, such as configs/sft.py')
   verb(settings.Settings(CONFIG.value.to_dict()), WORKDIR.value)
+  processes.finish()
+
+
+def join_processes(verb):
+  """Starts JAX over all processes, if there are several."""
+  launch = processes.find(
+    COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ
+  )
+  if verb in SHARED_VERBS:
+    processes.start(launch, timeout=START_TIMEOUT.value)
+  elif launch.how not in ('alone', 'TPU'):
+    raise ValueError(
+      f'{verb} runs as one process, and this is one of several'
+      f' ({launch.how}); run it once, with --num_processes=1'
+    )
 
 
 def run():
@@ -198,12 +260,42 @@ def run():
     if name in ('--config', '-config'):
       path = pathlib.Path((value if equals else following).partition(':')[0])
       sys.path.insert(0, str(path.absolute().parents[1]))
+  ends_all(lambda: app.run(main, flags_parser=_parse))
+
+
+def ends_all(function):
+  """Calls; what ends this process ends the others of the run, and says why."""
+  trace = '--traceback' in sys.argv
   try:
-    app.run(main, flags_parser=_parse)
+    function()
+  except processes.Preempted as stop:
+    text = f'{stop.what}; start it again to go on'
+    if not stop.together:
+      processes.fail(text, processes.PREEMPTED)
+    print(f'dpo-jax: {text}', file=sys.stderr)
+    processes.finish()
+    raise
   except MISTAKES as error:
-    if '--traceback' in sys.argv:
-      raise
+    if trace:
+      _tell(error)
+    processes.fail(str(error))
     sys.exit(f'dpo-jax: {error}  (--traceback shows where)')
+  except Exception as error:
+    # Of several processes, most likely one has gone in the middle of a step.
+    gone = isinstance(error, jax.errors.JaxRuntimeError)
+    if trace or not gone or processes.alone():
+      _tell(error)
+    line = str(error).strip().splitlines()[0]
+    processes.fail(f'{line}; {processes.AGAIN}' if gone else line)
+    sys.exit(1)
+  except KeyboardInterrupt:
+    processes.fail('interrupted')
+    raise
+
+
+def _tell(error):
+  # sys.stderr of all processes but the first is closed.
+  traceback.print_exception(error, file=sys.__stderr__)
 
 
 def _parse(argv):

@@ -23,24 +23,40 @@ def read(workdir, name='metrics.jsonl'):
     return [json.loads(line) for line in f if line.endswith('\n')]
 
 
-def _open(workdir, name, after):
+def _open(workdir, name, after, measured):
   """Opens a file to append to, without what came after step `after`."""
-  records = [r for r in read(workdir, name) if r['step'] <= after]
+  records = [
+    r
+    for r in read(workdir, name)
+    if r['step'] < after
+    or (r['step'] == after and (measured or 'train/loss' in r))
+  ]
   path = os.path.join(workdir, name)
   workdirs.write(path, ''.join(json.dumps(r) + '\n' for r in records))
   return open(path, 'a')
+
+
+class Nowhere:
+  """The `Writer` of processes that do not write."""
+
+  def write(self, step, values, samples=()):
+    """Writes nothing."""
+
+  def close(self):
+    """Closes nothing."""
 
 
 class Writer:
   """Writes records of one run.
 
   What an earlier, killed process wrote after step `after` is removed, so that
-  a resumed run's files equal an uninterrupted one's.
+  a resumed run's files equal an uninterrupted one's; what it measured at that
+  step too, where it will be `measured` again.
   """
 
-  def __init__(self, workdir, *, after):
-    self._metrics = _open(workdir, 'metrics.jsonl', after)
-    self._samples = _open(workdir, 'samples.jsonl', after)
+  def __init__(self, workdir, *, after, measured=True):
+    self._metrics = _open(workdir, 'metrics.jsonl', after, measured)
+    self._samples = _open(workdir, 'samples.jsonl', after, measured)
     self._tensorboard = tensorboardX.SummaryWriter(
       os.path.join(workdir, 'tensorboard'), purge_step=after + 1
     )

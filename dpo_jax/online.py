@@ -28,6 +28,7 @@ from dpo_jax import constraints
 from dpo_jax import evaluators
 from dpo_jax import metrics
 from dpo_jax import policies
+from dpo_jax import processes
 from dpo_jax import report
 from dpo_jax import rewards
 from dpo_jax import runs
@@ -90,7 +91,8 @@ def run(config, workdir):
   config.check_all_read(but='train')  # `train` checks its own part
   workdirs.claim(workdir, config, json.dumps(prompts))
   heldout = os.path.join(workdir, 'heldout.jsonl')
-  write_lines(heldout, [{'prompt': text} for text in prompts['test']])
+  if processes.first():
+    write_lines(heldout, [{'prompt': text} for text in prompts['test']])
 
   texts = []
   for number in range(1, rounds + 1):
@@ -109,7 +111,7 @@ def run(config, workdir):
     round_config = settings.Settings(train_config)
 
     # ------------------------------------------------ sample, score, pair ----
-    if not os.path.exists(pairs):
+    if not processes.agreed(os.path.exists(pairs)):
       write_pairs(
         round_config,
         prompts['train'],
@@ -119,6 +121,7 @@ def run(config, workdir):
         multiplier=multiplier,
         **how,
       )
+    processes.wait('pairs')
 
     # --------------------------------------------------------------- train ----
     train.train(round_config, os.path.join(directory, 'train'))
@@ -126,9 +129,12 @@ def run(config, workdir):
     # -------------------------------------------------- multiplier, report ----
     priced = {}
     if cost:
-      priced = write_constraint(directory, multiplier, **dual)
+      if processes.first():
+        priced = write_constraint(directory, multiplier, **dual)
+      priced = processes.agreed(priced)
       multiplier = priced['next_multiplier']
-    texts.append(f'round {number}\n{write_report(directory, priced)}')
+    if processes.first():
+      texts.append(f'round {number}\n{write_report(directory, priced)}')
   return '\n'.join(texts)
 
 
@@ -258,7 +264,8 @@ def write_pairs(
   policy = policies.open_policy(config, mesh)
   tokenizer = policy.tokenizer
   repeated = [text for text in prompts for _ in range(samples_per_prompt)]
-  with tqdm.tqdm(total=len(repeated), desc='sample') as progress:
+  bar = tqdm.tqdm(total=len(repeated), desc='sample')
+  with sharding.use(mesh), bar as progress:
     samples = sampling.generate(
       policy.config,
       policy.variables(policy.trained),
@@ -300,6 +307,8 @@ def write_pairs(
       'every prompt got completions of one and the same reward, so there are no'
       ' pairs; use another reward or more sampling.samples_per_prompt'
     )
+  if not processes.first():
+    return
   os.makedirs(directory, exist_ok=True)
   write_lines(
     os.path.join(directory, 'completions.jsonl'),

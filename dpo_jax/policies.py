@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dpo_jax import adapters
 from dpo_jax import fetch
 from dpo_jax import names
+from dpo_jax import processes
 from dpo_jax import sharding
 from dpo_jax import weights
 from dpo_jax import workdirs
@@ -58,9 +59,9 @@ class Policy:
     return lora.variables(self.base, trained, self.scale)
 
 
-def open_policy(config, mesh, *, workdir=''):
+def open_policy(config, mesh, *, workdir='', which='newest'):
   """Opens the model with its adapter, if any: as it is in `workdir`, else new
-  or as `config.init` says.
+  or as `config.init` says. `which` checkpoint of `workdir`, see `checkpoint`.
   """
   section = dict(config.adapter)
   alone = section['kind'] == 'none'
@@ -83,7 +84,8 @@ def open_policy(config, mesh, *, workdir=''):
   saved = workdir or config.init
   if saved:
     check_kin(saved, config)
-    _, items = workdirs.restore_newest(saved, {'params': trained})
+    which = which if workdir else 'newest'
+    _, items = workdirs.restore(saved, {'params': trained}, which=which)
     trained = items['params']
   return Policy(model_config, tokenizer, trained, base, scale)
 
@@ -175,7 +177,8 @@ def open_model(model, *, mesh, param_dtype='float32'):
   dtype = model.dtype
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  checkpoint = open_source(model.source)
+  with processes.one_first():  # who downloads
+    checkpoint = open_source(model.source)
   if checkpoint.tokenizer is None:
     raise ValueError(
       f'{checkpoint.source} has no tokenizer; put tokenizer.json, or vocab.json'

@@ -15,26 +15,19 @@ import os
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
+from dpo_jax import digests
+from dpo_jax import evaluators
+from dpo_jax import processes
 from dpo_jax import sharding
 from dpo_jax.data import batches
 
 # Raise when a change of the model's code changes its numbers.
-VERSION = 1
+VERSION = 2
 # Fields of TransformerConfig that change speed or memory, not values: the
 # position table, where there is one, is part of the weights.
 _NEUTRAL = ('remat', 'scan_unroll', 'max_positions')
-
-
-def weights_digest(variables):
-  """sha256 over names, shapes, dtypes and bytes of all arrays."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    array = np.ascontiguousarray(leaf)
-    name = f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'
-    digest.update(name.encode())
-    digest.update(array.view(np.uint8).data)
-  return digest.hexdigest()
 
 
 def groups_digest(groups):
@@ -62,7 +55,7 @@ def key(variables, model_config, groups):
   made_of = {
     'version': VERSION,
     'backend': jax.default_backend(),
-    'weights': weights_digest(variables),
+    'weights': digests.of(variables),
     'model': config,
     'tokens': groups_digest(groups),
   }
@@ -98,9 +91,8 @@ def compute(token_logps, variables, plan, mesh, values, *, name):
       ' are there from before'
     )
   for step in tqdm.tqdm(missing, desc=title):
-    batch = plan.batch(step)
-    laid_out = forward(variables, sharding.put_rows(batch, mesh))
-    batches.collect(np.asarray(laid_out), starts, batch, values)
+    laid_out = forward(variables, evaluators.put_batch(plan, step, mesh))
+    batches.collect(np.asarray(laid_out), starts, plan.batch(step), values)
 
 
 def load_or_compute(
@@ -110,26 +102,42 @@ def load_or_compute(
 
   They are written as they are computed to a file with the ending .partial,
   which gets its name when it is complete: a killed run leaves no broken cache,
-  and the next one goes on. The .json beside it is for people.
+  and the next one goes on. The .json beside it is for people. All processes
+  compute, and only process 0 reads and writes: no disk need be shared.
   """
   digest, made_of = key(variables, model_config, plan.groups)
   path = os.path.join(directory, f'{digest}.npy')
-  if os.path.exists(path):
-    return np.load(path)
-  os.makedirs(directory, exist_ok=True)
-  with open(os.path.join(directory, f'{digest}.json'), 'w') as f:
+  size = plan.starts[-1]
+  values, complete = np.zeros(size, np.float32), False
+  if processes.first():
+    complete = os.path.exists(path)
+    values = np.load(path) if complete else _open_partial(path, size, made_of)
+  complete = processes.agreed(complete)
+  if not processes.alone():
+    known = multihost_utils.broadcast_one_to_all(np.array(values))
+    if not processes.first():
+      values = np.array(known)
+  if complete:
+    return values
+  compute(token_logps, variables, plan, mesh, values, name=name)
+  if processes.first():
+    values.flush()
+    try:
+      os.replace(f'{path}.partial', path)
+    except FileNotFoundError:
+      np.load(path, mmap_mode='r')  # another run has filled the same file
+  return np.array(values)
+
+
+def _open_partial(path, size, made_of):
+  """Opens what is there of a file to fill, or a new one full of NaN."""
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  with open(os.path.splitext(path)[0] + '.json', 'w') as f:
     json.dump(made_of, f, indent=2)
   partial = f'{path}.partial'
   if not os.path.exists(partial):
     temporary = f'{path}.{os.getpid()}.tmp'
     with open(temporary, 'wb') as f:
-      np.save(f, np.full(plan.starts[-1], np.nan, np.float32))
+      np.save(f, np.full(size, np.nan, np.float32))
     os.replace(temporary, partial)
-  values = np.load(partial, mmap_mode='r+')
-  compute(token_logps, variables, plan, mesh, values, name=name)
-  values.flush()
-  try:
-    os.replace(partial, path)
-  except FileNotFoundError:
-    np.load(path, mmap_mode='r')  # another run has filled the same file
-  return np.array(values)
+  return np.load(partial, mmap_mode='r+')

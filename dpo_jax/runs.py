@@ -14,6 +14,7 @@ from dpo_jax import evaluators
 from dpo_jax import fetch
 from dpo_jax import objectives
 from dpo_jax import policies
+from dpo_jax import processes
 from dpo_jax import ref_cache
 from dpo_jax import rewards
 from dpo_jax import sharding
@@ -52,10 +53,6 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   `splits` are those whose cached reference log-probs are needed.
   """
   # --------------------------------------------------------------- sizes ----
-  if jax.process_count() > 1:
-    raise ValueError(
-      f'{jax.process_count()} processes: only one is supported as yet'
-    )
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
   if config.logps_chunk < 1:
@@ -73,7 +70,8 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   policies.check_adapter(policy, dict(config.reference))
 
   # ---------------------------------------------------------------- data ----
-  groups, report = load_groups(config.data, tokenizer, model_config, terms)
+  with processes.one_first():  # who downloads and prepares
+    groups, report = load_groups(config.data, tokenizer, model_config, terms)
   tqdm.tqdm.write(report, file=sys.stderr)
   everything = [*groups['train'], *groups['test']]
   groups['test'] = groups['test'][: config.eval.max_groups or None]

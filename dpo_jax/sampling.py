@@ -20,6 +20,7 @@ V vocabulary.
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,7 +249,10 @@ def _generate(
     (sample(state, hidden_BPD[:, -1]), cache),
   )
   del state['step']
-  return state
+  # Whole on every device: a process reads no other one's.
+  return jax.tree.map(
+    lambda x: nn.with_logical_constraint(x, (None,) * x.ndim), state
+  )
 
 
 def choose(logits_BV, keys, *, temperature, top_p):

@@ -88,9 +88,37 @@ def replicated(mesh):
   return NamedSharding(mesh, PartitionSpec())
 
 
-def put_rows(batch, mesh):
-  """Joins each process's rows into global arrays sharded by row."""
-  sharding = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+def _rows(mesh):
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def own_rows(count, mesh):
+  """Returns which of `count` rows the devices of this process hold: ascending.
+
+  Processes share rows where a tensor axis goes across them.
+  """
+  spans = _rows(mesh).addressable_devices_indices_map((count,)).values()
+  return sorted({row for (span,) in spans for row in range(count)[span]})
+
+
+def put_rows(batch, mesh, *, count):
+  """Joins what each process has of `count` rows, its `own_rows`, into arrays.
+
+  They are global and sharded by row.
+  """
   return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+    lambda x: jax.make_array_from_process_local_data(
+      _rows(mesh), x, (count, *x.shape[1:])
+    ),
+    batch,
+  )
+
+
+def put(array, sharding):
+  """Places a host's array of which every process has the whole.
+
+  `jax.device_put` would have the processes compare it first.
+  """
+  return jax.make_array_from_callback(
+    array.shape, sharding, lambda index: array[index]
   )

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax import sharding
-from dpo_jax import workdirs
 from dpo_jax.models import lora
 
 
@@ -162,9 +161,8 @@ def init_state(params, tx, *, ref=None, memory=None):
   return State(params, opt_state, step, ref, memory)
 
 
-def restored_state(shapes, workdir):
-  """Returns the newest saved State of a run; `shapes` as of `state_shapes`."""
-  step, items = workdirs.restore_newest(workdir, saved(shapes))
+def restored_state(shapes, step, items):
+  """Makes the State of what `saved` has given; `shapes` of `state_shapes`."""
   step = jax.device_put(jnp.asarray(step, jnp.int32), shapes.step.sharding)
   return State(step=step, **({'ref': None, 'memory': {}} | items))
 

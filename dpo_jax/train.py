@@ -19,6 +19,7 @@ from dpo_jax import evaluators
 from dpo_jax import fetch
 from dpo_jax import metrics
 from dpo_jax import optim
+from dpo_jax import processes
 from dpo_jax import ref_cache
 from dpo_jax import runs
 from dpo_jax import sharding
@@ -87,8 +88,9 @@ def check_finite(values, step, checkpoints):
         )
 
 
-# Steps that may be under way before the host waits for their metrics.
-_AHEAD = 32
+# Steps that may be under way before the host waits for their metrics; after a
+# SIGTERM they are waited for.
+_AHEAD = 4
 
 
 def keep_compiled(folder):
@@ -119,7 +121,7 @@ def train(config, workdir):
   workdirs.check(workdir, config)
   keep_compiled(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
-  with sharding.use(mesh):
+  with processes.heed_sigterm(), sharding.use(mesh):
     return _train(config, workdir, mesh)
 
 
@@ -188,17 +190,25 @@ def _train(config, workdir, mesh):
     'evaluate': config.eval.every,
     'save': config.checkpoint.every,
   }
-  resume, keep = config.resume, config.checkpoint.keep
+  resume, keep, best = (
+    config.resume,
+    config.checkpoint.keep,
+    config.checkpoint.best,
+  )
   if resume:
     workdirs.check_same(resume, config, RESUMED)
   config.check_all_read()
-  checkpoint.check_keep(keep)
-  workdirs.claim(workdir, config, ref_cache.data_digest(groups['train']))
-  checkpoints = checkpoint.Checkpoints(
-    os.path.join(workdir, 'checkpoints'), keep=keep
+  checkpoint.check(
+    keep=keep,
+    best=best,
+    every=intervals['save'],
+    eval_every=intervals['evaluate'],
   )
-  newest = checkpoints.latest()
-  if newest is None and not resume:
+  workdirs.claim(workdir, config, ref_cache.data_digest(groups['train']))
+  directory = os.path.join(workdir, 'checkpoints')
+  own = checkpoint.steps(directory)
+  measured = False
+  if not own and not resume:
     ref = jax.tree.map(jnp.copy, policy.trained) if ema else None
     state = steps.init_state(
       policy.trained, tx, ref=ref, memory=run.first_memory
@@ -206,9 +216,20 @@ def _train(config, workdir, mesh):
     policy.trained = None  # donated with the state
   else:
     policy.trained = None  # makes room
-    state = steps.restored_state(shapes, resume if newest is None else workdir)
+    like, measured = steps.saved(shapes), True
+    if own:
+      at, items, measured = checkpoint.restore(directory, like, set_aside=True)
+    else:
+      at, items = workdirs.restore(resume, like)
+    state = steps.restored_state(shapes, at, items)
+  checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
   first = int(state.step)
-  writer = metrics.Writer(workdir, after=first if first else -1)
+  own = [step for step in own if step <= first]  # those beyond were set aside
+  writer = metrics.Nowhere()
+  if processes.first():
+    writer = metrics.Writer(
+      workdir, after=first if first else -1, measured=measured
+    )
 
   # ---------------------------------------------------------------- loop ----
   def due(what, number):
@@ -222,6 +243,7 @@ def _train(config, workdir, mesh):
     """Waits for steps, checks their metrics and logs those that are due."""
     nonlocal clock
     for number, values in pending:
+      checkpoints.check()
       values = evaluators.means(jax.device_get(values))
       check_finite(values, number, checkpoints)
       since.append(number)
@@ -238,16 +260,21 @@ def _train(config, workdir, mesh):
     values, samples = run.evaluate(state.params, state.ref, state.memory)
     check_finite(values, number, checkpoints)
     writer.write(number, values, samples)
+    return values
 
   compiled = {}  # shape of a batch -> the step for it
+  pending = []  # steps under way: (number, metrics on the device)
+  done = first  # the step that made `state`; `measured`: what is due at it
+  processes.heed_by_poll()
   try:
-    if not first:
-      measure(0)
-    pending = []  # steps under way: (number, metrics on the device)
+    if not measured:
+      measure(first)
+      measured = True
     clock = time.perf_counter()
     for number in tqdm.trange(
       first + 1, num_steps + 1, initial=first, total=num_steps, desc='train'
     ):
+      processes.poll()
       batch = evaluators.put_batch(
         plan, number - 1, mesh, ref_values=ref_values['train']
       )
@@ -262,6 +289,7 @@ def _train(config, workdir, mesh):
         )
         clock += pause
       state, values = compiled[shape](state, frozen, batch)
+      done, measured = number, not due('evaluate', number)
       # Only now that the next step is under way is the log waited for, so that
       # the devices have work while the host writes and builds a batch.
       if pending and (due('log', number - 1) or len(pending) == _AHEAD):
@@ -270,11 +298,19 @@ def _train(config, workdir, mesh):
       if number == num_steps or due('evaluate', number) or due('save', number):
         finish(pending)
         pause = time.perf_counter()
-        if due('evaluate', number):
-          measure(number)
+        ratings = None
+        if not measured:
+          ratings = measure(number)
+          measured = True
         if due('save', number):
-          checkpoints.save(number, steps.saved(state))
+          checkpoints.save(number, steps.saved(state), values=ratings)
         clock += time.perf_counter() - pause
+  except processes.Preempted as stop:
+    finish(pending)
+    if done > max(own, default=0) and done != checkpoints.newest:
+      checkpoints.save(done, steps.saved(state), measured=measured)
+    stop.what = f'SIGTERM after step {done} of {num_steps}, which is saved'
+    raise
   finally:  # whatever happens, saves under way are finished
     checkpoints.close()
     writer.close()

@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from dpo_jax import folders
+from dpo_jax import sharding
 from dpo_jax.data import tokenizers
 from dpo_jax.models import families
 from dpo_jax.models import layouts
@@ -198,18 +199,16 @@ def place(checkpoint: Checkpoint, shardings, *, dtype_of) -> dict:
     )()
   found, shapes = {}, checkpoint.shapes
   for path, layer, array in checkpoint.read():
-    sharding, dtype = layouts.at(shardings, path), dtype_of(path)
+    where, dtype = layouts.at(shardings, path), dtype_of(path)
     if array.dtype == np.float64:  # unknown to JAX as it is set up
       array = array.astype(np.float32)
     if layer is None:
-      value = _copied(jax.device_put(array, sharding), dtype, sharding)
+      value = _copied(sharding.put(array, where), dtype, where)
     else:
       if path not in found:
-        found[path] = _zeros(shapes[path], dtype, sharding)
-      inner = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-      value = _with_layer(
-        found[path], jax.device_put(array, inner), layer, sharding
-      )
+        found[path] = _zeros(shapes[path], dtype, where)
+      inner = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+      value = _with_layer(found[path], sharding.put(array, inner), layer, where)
     # Else what is read runs ahead of what is placed, all of it in memory.
     found[path] = jax.block_until_ready(value)
     del array  # before the next is read
@@ -233,25 +232,25 @@ def _cast(params, dtype_of):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _copied(array, dtype, sharding):
-  # device_put may alias host memory on CPU, and the training step will donate
+def _copied(array, dtype, where):
+  # What was put may alias host memory on CPU, and the training step will donate
   # these buffers: a jitted copy owns its own.
   copy = jnp.copy(array).astype(dtype)
-  return jax.lax.with_sharding_constraint(copy, sharding)
+  return jax.lax.with_sharding_constraint(copy, where)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape, dtype, sharding):
-  return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+def _zeros(shape, dtype, where):
+  return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), where)
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _with_layer(stack, array, layer, sharding):
+def _with_layer(stack, array, layer, where):
   """Writes one layer, in place because the stack is donated."""
   stack = jax.lax.dynamic_update_index_in_dim(
     stack, array.astype(stack.dtype), layer, 0
   )
-  return jax.lax.with_sharding_constraint(stack, sharding)
+  return jax.lax.with_sharding_constraint(stack, where)
 
 
 def _read_bytes(path, offset: int, size: int) -> np.ndarray:

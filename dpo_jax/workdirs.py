@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import secrets
 
 from dpo_jax import checkpoint
+from dpo_jax import processes
 
 _CONFIG, _DATA = 'config.json', 'data.sha256'
 
@@ -26,7 +28,40 @@ def claim(workdir, config, data):
   `data` is a text that changes whenever the data does.
   """
   check(workdir, config)
+  processes.check_same(
+    'their configs differ; give all processes the same --config and flags',
+    json.dumps(config.as_dict(), sort_keys=True),
+  )
+  processes.check_same(
+    'the data they read differs; put the same files on all machines', data
+  )
   data_digest = hashlib.sha256(data.encode()).hexdigest()
+  if processes.first():
+    _claim(workdir, config, data_digest)
+  _check_shared(workdir)
+
+
+def _check_shared(workdir):
+  """Refuses a workdir that is another folder on another machine."""
+  if processes.alone():
+    return
+  token = processes.agreed(secrets.token_hex(8))
+  path = os.path.join(workdir, f'.{token}')
+  if processes.first():
+    write(path, '')
+  processes.wait('token')
+  found = processes.gathered(os.path.exists(path))
+  if processes.first():
+    os.remove(path)
+  if not all(found):
+    raise ValueError(
+      f'workdir {workdir!r} is not the same folder on process'
+      f' {found.index(False)} as on process 0; put it on a disk that all'
+      ' machines share'
+    )
+
+
+def _claim(workdir, config, data_digest):
   os.makedirs(workdir, exist_ok=True)
   path = os.path.join(workdir, _DATA)
   if os.path.exists(path):
@@ -92,16 +127,13 @@ def differences(old, new, prefix=''):
   return out
 
 
-def restore_newest(workdir, like):
-  """Loads the named items of a run's newest checkpoint: (step, items)."""
+def restore(workdir, like, *, which=checkpoint.NEWEST):
+  """Loads the named items of a checkpoint of a run, see `checkpoint.restore`.
+
+  Returns (step, items).
+  """
   directory = os.path.join(workdir, 'checkpoints')
   if not os.path.isdir(directory):
     raise ValueError(f'{workdir!r} has no checkpoints; train there first')
-  checkpoints = checkpoint.Checkpoints(directory, keep=None)
-  try:
-    step = checkpoints.latest()
-    if step is None:
-      raise ValueError(f'{directory!r} holds no finished checkpoint')
-    return step, checkpoints.restore(step, like)
-  finally:
-    checkpoints.close()
+  found = checkpoint.restore(directory, like, which=which)
+  return found.step, found.items

@@ -67,7 +67,7 @@ def test_only_factors_are_trained_and_saved(adapted):
   mesh = sharding.make_mesh(**config.mesh)
   policy = policies.open_policy(config, mesh, workdir=str(workdir))
   jax.tree.map(np.testing.assert_array_equal, policy.trained, trained)
-  step, items = workdirs.restore_newest(workdir, {'params': policy.trained})
+  step, items = workdirs.restore(workdir, {'params': policy.trained})
   assert step == 4 and set(items) == {'params'}
   _, params, _ = policies.open_model(config.model, mesh=mesh)
   jax.tree.map(np.testing.assert_array_equal, policy.base, params)

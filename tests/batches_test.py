@@ -167,7 +167,7 @@ def test_harmless_base_fills_its_rows_with_smollm2(shared, tmp_path):
   check_harmless_base(shared, tokenizer, tmp_path)
 
 
-def test_processes_partition_the_rows():
+def test_rows_can_be_laid_out_in_parts():
   plan = batches.training_plan(
     worlds.make_groups(24),
     seed=0,
@@ -180,7 +180,11 @@ def test_processes_partition_the_rows():
   assert all(shape.rows % 4 == 0 for shape in plan.shapes)
   for step in range(3):
     whole = plan.batch(step)
-    parts = [plan.batch(step, process=i, processes=4) for i in range(4)]
+    count = plan.shape_of(step).rows
+    parts = [
+      plan.batch(step, own=range(i * count // 4, (i + 1) * count // 4))
+      for i in range(4)
+    ]
     for name, array in whole.items():
       joined = np.concatenate([part[name] for part in parts])
       np.testing.assert_array_equal(joined, array)

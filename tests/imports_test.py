@@ -26,6 +26,8 @@ HOST = {'data', 'rewards', 'report', 'constraints'}
 MACHINE = {
   'accounting',
   'sharding',
+  'processes',
+  'digests',
   'optim',
   'checkpoint',
   'metrics',

@@ -55,7 +55,7 @@ def test_prepare_train_eval_sample(tmp_path):
   assert json.loads(result.stdout[: result.stdout.index('\n}') + 2]) == saved
 
   learned = '--config.optim.lr=2e-3'
-  result = dpo_jax('eval', *options(tmp_path, learned))
+  result = dpo_jax('eval', *options(tmp_path, learned, '--checkpoint=2'))
   assert result.returncode == 0, result.stderr
   values = json.loads(result.stdout)
   last = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1]
@@ -69,7 +69,7 @@ def test_prepare_train_eval_sample(tmp_path):
   assert result.returncode == 0, result.stderr
   assert 'step 2, of debug-llama' in result.stdout
   like = weights.load(tmp_path / 'out')
-  _, items = workdirs.restore_newest(
+  _, items = workdirs.restore(
     str(tmp_path / 'run'), {'params': jax.tree.map(jnp.asarray, like.params)}
   )
   weights_test.assert_trees_equal(like.params, jax.device_get(items['params']))
@@ -113,6 +113,14 @@ def test_prepare_train_eval_sample(tmp_path):
       "no key 'alpha' here",
     ),
     (['train', '--config=configs/sft.py'], 'add --workdir=DIR'),
+    (
+      ['train', '--config=configs/sft.py', '--checkpoint=best'],
+      '--checkpoint is for eval, sample, convert',
+    ),
+    (
+      ['convert', 'debug-llama', 'out', '--checkpoint=best'],
+      'debug-llama is a model',
+    ),
     (['sample', '--config=configs/sft.py:debug'], '--prompt='),
     (['convert', 'debug-llama'], 'dpo-jax convert SOURCE FOLDER'),
     (['convert', 'debug-lama', 'out'], "did you mean 'debug-llama'"),

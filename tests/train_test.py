@@ -318,7 +318,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     train.train(config, tmp_path / 'run')
   mesh = sharding.make_mesh(**config.mesh)
   _, params, _ = policies.open_model(config.model, mesh=mesh)
-  step, items = workdirs.restore_newest(tmp_path / 'run', {'params': params})
+  step, items = workdirs.restore(tmp_path / 'run', {'params': params})
   assert f'checkpoint is that of step {step}.' in str(caught.value)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(items['params']))
 
@@ -347,7 +347,6 @@ def command(config, workdir):
 @pytest.mark.parametrize(
   'arg, kill_at',
   [
-    ('reference=frozen', 8),
     ('reference=cached', 5),
     ('reference=ema,loss=dpo+bco', 6),
     ('adapter=lora', 7),
@@ -394,8 +393,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(
   mesh = sharding.make_mesh(**config.mesh)
   params = policies.open_policy(config, mesh).trained
   ends = [
-    workdirs.restore_newest(workdir, {'params': params})
-    for workdir in (whole, killed)
+    workdirs.restore(workdir, {'params': params}) for workdir in (whole, killed)
   ]
   assert ends[0][0] == ends[1][0] == 24
   jax.tree.map(np.testing.assert_array_equal, ends[0][1], ends[1][1])

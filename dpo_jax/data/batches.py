@@ -5,7 +5,7 @@ s*B .. (s+1)*B - 1 of an endless sequence of shuffled epochs. Lengths are known
 before the first step, so the planner packs every step of the run in advance
 and settles on at most two array shapes.
 
-A batch is the dict of `rows.fill`; a process takes its slice of the rows.
+A batch is the dict of `rows.fill`; a process takes its own rows of it.
 """
 
 import dataclasses
@@ -76,19 +76,14 @@ class Plan:
     """Returns the Shape of a step."""
     return self.shapes[self.shape_numbers[step]]
 
-  def batch(self, step, *, process=0, processes=1):
-    """Lays out one step; a process gets rows/processes consecutive rows."""
+  def batch(self, step, *, own=None):
+    """Lays out one step, or the rows of it with the numbers `own`."""
     members = self.members[step]
     count, row_length, row_scored = self.shape_of(step)
     members = members + [[]] * (count - len(members))
-    if count % processes:
-      raise ValueError(
-        f'{count} rows cannot be shared by {processes} processes'
-      )
-    share = count // processes
     return rows.fill(
       self.groups,
-      members[process * share : (process + 1) * share],
+      members if own is None else [members[row] for row in own],
       row_length=row_length,
       row_scored=row_scored,
       row_groups=self.row_groups,

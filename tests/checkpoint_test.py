@@ -1,0 +1,337 @@
+"""What was saved is what is read, or it is said not to be."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import checkpoint
+from dpo_jax import digests
+from dpo_jax import metrics
+from dpo_jax import sharding
+from dpo_jax import train
+from experiments import kill_runs
+from tests import worlds
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def rows_over(devices):
+  """Sharding of leading axes over so many devices."""
+  mesh = jax.make_mesh(
+    (devices,),
+    ('fsdp',),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:devices],
+  )
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
+
+
+def items_of(step, where):
+  """A small state that differs from step to step."""
+  rng = np.random.default_rng(step)
+  return {
+    'params': {
+      'w': jax.device_put(rng.normal(size=(16, 33)).astype('f4'), where),
+      'b': jax.device_put(rng.normal(size=(8, 2)).astype('bfloat16'), where),
+    },
+    'opt_state': (jax.device_put(rng.integers(0, 9, 8, 'int32'), where),),
+  }
+
+
+def like(items, where):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), items
+  )
+
+
+def write(folder, steps, **options):
+  """Saves states of some steps; `options` of `Checkpoints`."""
+  checkpoints = checkpoint.Checkpoints(folder, **({'keep': 9} | options))
+  for step in steps:
+    checkpoints.save(step, items_of(step, rows_over(8)))
+  checkpoints.close()
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize('devices', [8, 4, 1])
+def test_a_checkpoint_goes_to_any_mesh(tmp_path, devices):
+  write(tmp_path, [3])
+  where = rows_over(devices)
+  items = items_of(3, where)
+  found = checkpoint.restore(tmp_path, like(items, where))
+  assert found.step == 3 and found.measured
+  assert_equal(found.items, items)
+  for leaf in jax.tree.leaves(found.items):
+    assert leaf.sharding == where
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 16
+  path.write_bytes(data)
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {'flip': flip, 'cut': cut, 'delete': pathlib.Path.unlink}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_newest_checkpoint_is_found_whatever_file_it_is(
+  tmp_path, capsys, damage
+):
+  whole = tmp_path / 'whole'
+  write(whole, [3, 6])
+  where = rows_over(8)
+  files = [p for p in sorted((whole / '6').rglob('*')) if p.stat().st_size]
+  files = [p.relative_to(whole) for p in files if p.is_file()]
+  assert len(files) > 5
+  noticed = set()
+  for number, file in enumerate(files):
+    folder = tmp_path / str(number)
+    shutil.copytree(whole, folder)
+    DAMAGES[damage](folder / file)
+    found = checkpoint.restore(folder, like(items_of(6, where), where))
+    # Not every file is needed; but what is read is what was saved.
+    assert_equal(found.items, items_of(found.step, where))
+    told = f'checkpoint 6 of {folder} is damaged' in capsys.readouterr().err
+    assert told == (found.step == 3), file
+    noticed |= {file.parts[1]} if told else set()
+  assert noticed >= {'manifest', 'params', 'opt_state'}
+
+
+@pytest.mark.parametrize(
+  'item, pattern', [('params', 'd/*'), ('manifest', 'm*')]
+)
+def test_a_bit_anywhere_in_the_data_is_noticed(tmp_path, item, pattern):
+  write(tmp_path, [6])
+  where = rows_over(8)
+  files = (tmp_path / '6' / item).rglob(pattern)
+  data = max(files, key=lambda p: p.stat().st_size)
+  original = data.read_bytes()
+  rng = np.random.default_rng(0)
+  items, same = items_of(6, where), 0
+  for place in rng.integers(0, len(original), 25):
+    changed = bytearray(original)
+    changed[place] ^= 1 << int(rng.integers(8))
+    data.write_bytes(changed)
+    try:
+      found = checkpoint.restore(tmp_path, like(items, where))
+    except ValueError as error:
+      assert 'put one back from a backup' in str(error)
+    else:  # a byte that says nothing about the numbers
+      assert_equal(found.items, items)
+      same += 1
+  assert same < 5
+  data.write_bytes(original)
+  assert checkpoint.restore(tmp_path, like(items, where)).step == 6
+
+
+def test_all_damaged_is_an_error_and_other_parameters_are_another(tmp_path):
+  write(tmp_path, [3, 6])
+  where = rows_over(8)
+  items = items_of(6, where)
+  other = items | {'params': {'w': items['params']['w']}}
+  with pytest.raises(
+    ValueError, match=r'params/b is bfloat16\[8,2\], here not'
+  ):
+    checkpoint.restore(tmp_path, like(other, where))
+  for step in (3, 6):
+    shutil.rmtree(tmp_path / str(step) / 'params')
+  with pytest.raises(ValueError, match=r'is whole .*put one back'):
+    checkpoint.restore(tmp_path, like(items, where))
+
+
+def test_the_last_n_and_the_best_are_kept(tmp_path):
+  ratings = {2: 0.5, 4: 0.3, 6: 0.4, 8: 0.6, 10: 0.7}
+  where = rows_over(8)
+  for part in ((2, 4, 6), (8, 10)):  # closed and opened between
+    checkpoints = checkpoint.Checkpoints(
+      tmp_path, keep=2, best='min:heldout/loss'
+    )
+    for step in part:
+      checkpoints.save(
+        step, items_of(step, where), values={'heldout/loss': ratings[step]}
+      )
+    checkpoints.close()
+  assert checkpoint.steps(tmp_path) == [4, 8, 10]
+  shapes = like(items_of(4, where), where)
+  assert checkpoint.restore(tmp_path, shapes, which='best').step == 4
+  assert checkpoint.restore(tmp_path, shapes, which='8').step == 8
+  assert checkpoint.restore(tmp_path, shapes).step == 10
+  with pytest.raises(ValueError, match=r'has no checkpoint .*\[4, 8, 10\]'):
+    checkpoint.restore(tmp_path, shapes, which='6')
+  flip(next((tmp_path / '4' / 'params').rglob('d/*')))
+  with pytest.raises(ValueError, match='is whole'):  # and no other instead
+    checkpoint.restore(tmp_path, shapes, which='best')
+
+
+def test_the_best_of_a_max_ignores_nan_and_what_was_not_rated(tmp_path):
+  where = rows_over(8)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best='max:a')
+  for step, values in [(1, {'a': 2.0}), (2, {'a': np.nan}), (3, None)]:
+    checkpoints.save(step, items_of(step, where), values=values)
+  with pytest.raises(ValueError, match="'max:a', but evaluations give b"):
+    checkpoints.save(4, items_of(4, where), values={'b': 1.0})
+  checkpoints.close()
+  assert checkpoint.steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'best': 'heldout/loss'}, 'write min:NAME or max:NAME'),
+    ({'best': 'least:heldout/loss'}, 'write min:NAME or max:NAME'),
+    ({'best': 'min:a', 'every': 3}, 'a multiple of eval.every'),
+    ({'best': 'min:a', 'eval_every': 0}, 'a multiple of eval.every'),
+    ({'keep': 0}, 'keep at least 1'),
+  ],
+)
+def test_settings_that_keep_nothing_name_the_fix(changes, message):
+  given = {'keep': 2, 'best': '', 'every': 4, 'eval_every': 2}
+  with pytest.raises(ValueError, match=message):
+    checkpoint.check(**(given | changes))
+
+
+FULL = """
+import resource, signal, sys
+import jax, numpy as np
+from dpo_jax import checkpoint
+where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+rng = np.random.default_rng(0)
+def state(size):
+  array = jax.device_put(rng.normal(size=size).astype('f4'), where)
+  return {'params': {'w': array}}
+checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=1)
+checkpoints.save(3, state(64))
+checkpoints.close()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=1)
+try:
+  checkpoints.save(6, state(1 << 20))
+  checkpoints.close()
+except OSError as error:
+  print(error)
+like = {'params': {'w': jax.ShapeDtypeStruct((64,), 'f4', sharding=where)}}
+print(checkpoint.restore(sys.argv[1], like).step)
+"""
+
+
+def test_a_disk_that_takes_no_more_keeps_the_last_good_checkpoint(tmp_path):
+  # A limit on the size of files stands for a full disk; the error differs.
+  result = subprocess.run(
+    [sys.executable, '-c', FULL, str(tmp_path)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  first, *_, last = result.stdout.splitlines()
+  assert 'checkpoint 6 could not be written' in first
+  assert 'the last good one is 3' in first and 'free some space' in first
+  assert last == '3'
+  assert not list(tmp_path.glob('*tmp*'))
+
+
+def test_a_run_goes_on_before_a_damaged_checkpoint(tmp_path, capsys):
+  changes = {'num_steps': 6, 'optim.lr': 1e-3, 'eval.every': 0}
+  changes['checkpoint.every'] = 3
+  config = worlds.debug_config(tmp_path, 'reference=ema', **changes)
+  whole = jax.device_get(train.train(config, tmp_path / 'run'))
+  before = metrics.read(tmp_path / 'run')
+  for path in (tmp_path / 'run' / 'checkpoints' / '6' / 'ref').rglob('d/*'):
+    flip(path)
+  config = worlds.settings.Settings(config.as_dict())
+  again = jax.device_get(train.train(config, tmp_path / 'run'))
+  jax.tree.map(np.testing.assert_array_equal, whole, again)
+  assert 'checkpoint 6 of' in capsys.readouterr().err
+  names = sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir())
+  assert names == ['3', '6', '6.damaged']
+  assert len(metrics.read(tmp_path / 'run')) == len(before)
+
+
+# --- Digests -----------------------------------------------------------------
+
+ARRAYS = {
+  'float32': np.arange(48, dtype='f4').reshape(8, 6) / 7,
+  'bfloat16': np.arange(16).astype('bfloat16').reshape(8, 2),
+  'int32': np.arange(-4, 4, dtype='i4'),
+  'uint8': np.arange(8, dtype='u1'),
+  'bool': np.arange(8) % 3 == 0,
+}
+
+
+@pytest.mark.parametrize('kind', ARRAYS)
+def test_a_digest_is_the_same_on_every_mesh(kind):
+  array = ARRAYS[kind]
+  found = {
+    devices: digests.of({'x': jax.device_put(array, rows_over(devices))})['x']
+    for devices in (1, 2, 4, 8)
+  }
+  assert len({*found.values(), digests.of({'x': array})['x']}) == 1
+  assert found[1].startswith(digests.described(array))
+
+
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'int32', 'uint8'])
+def test_any_bit_and_any_exchange_changes_a_digest(kind):
+  array = ARRAYS[kind]
+  seen = {digests.of({'x': array})['x']}
+  view = array.copy().reshape(-1).view(np.uint8)
+  for place in range(0, view.size, 3):
+    for bit in (0, 3, 7):
+      changed = view.copy()
+      changed[place] ^= 1 << bit
+      seen.add(digests.of({'x': changed.view(array.dtype)})['x'].split()[1])
+  turned = array.reshape(-1)[::-1].reshape(array.shape)
+  seen.add(digests.of({'x': turned})['x'])
+  assert len(seen) == 2 + 3 * len(range(0, view.size, 3))
+
+
+# --- Kills -------------------------------------------------------------------
+
+
+def test_killed_again_and_again_it_ends_the_same(tmp_path):
+  account = kill_runs.kill_run(
+    tmp_path,
+    kills=3,
+    seed=1,
+    steps=24,
+    devices=1,
+    arg='reference=frozen',
+    longest=25.0,
+  )
+  assert account['equal'] and sum(account['kills'].values()) == 3
+
+
+def test_a_measurement_cut_off_is_made_again(tmp_path):
+  writer = metrics.Writer(tmp_path, after=-1)
+  writer.write(2, {'train/loss': 1.0})
+  writer.write(2, {'heldout/loss': 2.0}, [{'prompt': 'a'}])
+  writer.write(3, {'train/loss': 3.0})
+  writer.close()
+  metrics.Writer(tmp_path, after=2, measured=False).close()
+  assert metrics.read(tmp_path) == [{'step': 2, 'train/loss': 1.0}]
+  assert metrics.read(tmp_path, 'samples.jsonl') == []
+
+
+def test_manifests_are_json_that_a_person_can_read(tmp_path):
+  write(tmp_path, [3])
+  text = (tmp_path / '3' / 'manifest' / 'metadata').read_text()
+  manifest = json.loads(text)
+  assert [*manifest] == ['items', 'measured', 'best', 'sha256']
+  items = items_of(3, sharding.replicated(rows_over(8).mesh))
+  assert manifest['items']['params'] == digests.of(items['params'])
+  assert manifest['measured'] is True

@@ -1,0 +1,441 @@
+"""Several processes of one machine, joined by gloo, are one run."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import metrics
+from dpo_jax import policies
+from dpo_jax import processes
+from dpo_jax import sharding
+from dpo_jax import train
+from dpo_jax import workdirs
+from tests import train_test
+from tests import worlds
+
+ROOT = pathlib.Path(__file__).parents[1]
+ENDS = 60  # seconds within which a run ends whose processes do not all live
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return probe.getsockname()[1]
+
+
+def environment(devices):
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  count = '--xla_force_host_platform_device_count='
+  env['XLA_FLAGS'] = env['XLA_FLAGS'].replace(f'{count}8', f'{count}{devices}')
+  return env
+
+
+def launch(number, arguments, *, devices=4, own=lambda _: ()):
+  """Starts `number` processes of a command; their output goes to PIPEs."""
+  coordinator = f'127.0.0.1:{free_port()}'
+  return [
+    subprocess.Popen(
+      [
+        *(sys.executable, '-m', 'dpo_jax.main', *map(str, arguments)),
+        f'--coordinator={coordinator}',
+        f'--num_processes={number}',
+        f'--process_id={index}',
+        '--start_timeout=120',
+        *own(index),
+      ],
+      env=environment(devices),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(number)
+  ]
+
+
+def outcome(started, timeout=900):
+  """Waits; returns (exit statuses, outputs, errors) of all processes."""
+  try:
+    texts = [process.communicate(timeout=timeout) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  codes = [process.returncode for process in started]
+  return codes, [out for out, _ in texts], [err for _, err in texts]
+
+
+def options(tmp_path, workdir, changes, arg=''):
+  """The flags of `worlds.debug_config` with the same changes."""
+  worlds.debug_config(tmp_path)  # writes the data
+  given = {
+    'data.source': tmp_path / 'pairs.jsonl',
+    'data.cache_dir': tmp_path / 'data',
+    'data.row_length': 128,
+    'eval.samples.num_prompts': 0,
+    **changes,
+  }
+  if 'cached' in arg:
+    given['reference.cache_dir'] = tmp_path / 'reference'
+  return [
+    f'--config=configs/preference.py:data=jsonl,debug,{arg}',
+    *(f'--config.{name}={value}' for name, value in given.items()),
+    f'--workdir={workdir}',
+  ]
+
+
+def numbers_of(workdir):
+  """Metrics by step and name, without what a clock decides."""
+  return {
+    (record['step'], name): value
+    for record in metrics.read(workdir)
+    for name, value in record.items()
+    if name.split('/')[-1] not in train_test.TIMED
+  }
+
+
+def wait_for(workdir, count, started):
+  """Waits until a run has logged so many records."""
+  while len(metrics.read(workdir)) < count:
+    assert all(process.poll() is None for process in started), outcome(started)
+    time.sleep(0.02)
+
+
+def assert_equal_runs(config, one, two):
+  """Metrics to 1e-6 and final parameters to 1e-6, restored on 8 devices."""
+  a, b = numbers_of(one), numbers_of(two)
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    assert abs(value - b[name]) <= 1e-6 * max(1, abs(value)), name
+  params = policies.open_policy(
+    config, sharding.make_mesh(**config.mesh)
+  ).trained
+  ends = [workdirs.restore(w, {'params': params}) for w in (one, two)]
+  assert ends[0][0] == ends[1][0]
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *ends)
+
+
+# The learning rate makes rounding that differs stay below the bound.
+CHANGES = {
+  'num_steps': 6,
+  'optim.lr': 1e-3,
+  'eval.every': 3,
+  'checkpoint.every': 4,
+}
+
+
+def test_two_processes_equal_one_through_a_preemption(tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  config = worlds.debug_config(tmp_path, **CHANGES)
+  train.train(config, one)
+
+  arguments = ['train', *options(tmp_path, two, CHANGES)]
+  started = launch(2, arguments)
+  wait_for(two, 2, started)  # of step 0 and of step 1
+  started[1].send_signal(signal.SIGTERM)
+  codes, outs, errors = outcome(started)
+  assert codes == [processes.PREEMPTED] * 2, errors
+  assert 'SIGTERM after step' in errors[0] and 'which is saved' in errors[0]
+  assert '2 processes, 8 devices' in outs[0]
+  assert 'Traceback' not in ''.join(errors)
+  assert 'train' not in outs[1]  # only process 0 writes logs
+
+  before = len(metrics.read(two))
+  codes, _, errors = outcome(launch(2, arguments))
+  assert codes == [0, 0], errors
+  assert before < len(metrics.read(two))
+  assert_equal_runs(config, one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'arg, changes',
+  [
+    ('reference=cached', {'eval.samples.num_prompts': 2}),
+    ('reference=ema', {'reference.every': 2, 'mesh.fsdp': 4}),
+    ('adapter=lora', {'mesh.data': 1, 'mesh.fsdp': 8}),
+    ('loss=kto', {'mesh.data': 2, 'mesh.fsdp': 4}),
+  ],
+)
+@pytest.mark.parametrize('number, devices', [(2, 4), (4, 2)])
+def test_processes_equal_one_whatever_is_trained(
+  tmp_path, arg, changes, number, devices
+):
+  one, many = tmp_path / 'one', tmp_path / 'many'
+  config = worlds.debug_config(tmp_path, arg, **CHANGES, **changes)
+  train.train(config, one)
+  shutil.rmtree(tmp_path / 'reference', ignore_errors=True)  # computed again
+  changes = CHANGES | changes
+  codes, _, errors = outcome(
+    launch(
+      number,
+      ['train', *options(tmp_path, many, changes, arg)],
+      devices=devices,
+    )
+  )
+  assert codes == [0] * number, errors
+  assert_equal_runs(config, one, many)
+
+  # `eval` of the one's run by many gives what training measured last.
+  codes, outs, errors = outcome(
+    launch(
+      number, ['eval', *options(tmp_path, one, changes, arg)], devices=devices
+    )
+  )
+  assert codes == [0] * number, errors
+  values = json.loads(outs[0][outs[0].index('{') : outs[0].rindex('}') + 1])
+  last = metrics.read(one)[-1]
+  assert values.keys() == last.keys()
+  for name, value in last.items():
+    assert abs(value - values[name]) <= 1e-6 * max(1, abs(value)), name
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_eight_devices_to_four_to_one(tmp_path):
+  one, moved = tmp_path / 'one', tmp_path / 'moved'
+  changes = CHANGES | {'checkpoint.every': 2, 'checkpoint.keep': 9}
+  config = worlds.debug_config(tmp_path, **changes)
+  train.train(config, one)
+  shutil.copytree(one, moved)
+  for devices, later in [(4, ('4', '6')), (1, ('6',))]:
+    for step in later:  # as if the run had ended before
+      shutil.rmtree(moved / 'checkpoints' / step)
+    arguments = ['train', *options(tmp_path, moved, changes)]
+    codes, _, errors = outcome(launch(1, arguments, devices=devices))
+    assert codes == [0], errors
+  assert_equal_runs(config, one, moved)
+
+
+# Processes that do nothing but what the argument says.
+TOGETHER = """
+import os, sys, time
+import jax
+from dpo_jax import main, processes
+
+def verb():
+  index = int(sys.argv[2])
+  processes.start(
+    processes.find('127.0.0.1:' + sys.argv[1], 2, index, os.environ),
+    timeout=60,
+  )
+  print('joined', flush=True)
+  {body}
+  processes.finish()
+
+main.ends_all(verb)
+"""
+
+
+def together(body):
+  """Runs a few lines in two processes: (statuses, outputs, errors, seconds)."""
+  port, begun = str(free_port()), time.monotonic()
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', TOGETHER.format(body=body), port, str(index)],
+      env=environment(1),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  return *outcome(started), time.monotonic() - begun
+
+
+def test_what_one_says_all_hear():
+  codes, outs, errors, _ = together(
+    'said = processes.agreed(["process", index])\n'
+    '  all = processes.gathered(index)\n'
+    '  order = []\n'
+    '  with processes.one_first():\n'
+    '    order.append(time.time())\n'
+    '  times = processes.gathered(order[0])\n'
+    '  assert said == ["process", 0] and all == [0, 1], (said, all)\n'
+    '  assert times[0] < times[1] and processes.first() == (index == 0)\n'
+  )
+  assert codes == [0, 0], errors
+  assert 'joined' in outs[0] and 'joined' not in outs[1]
+
+
+def test_processes_have_their_own_rows_or_share_them():
+  # Three rows, which both hold where the tensor axis goes across them.
+  codes, _, errors, _ = together(
+    'import numpy as np\n'
+    '  from dpo_jax import sharding\n'
+    '  rows = np.arange(8.0).reshape(4, 2)\n'
+    '  for sizes, count in [((1, 1, 2), 3), ((2, 1, 1), 4), ((1, 2, 1), 4)]:\n'
+    '    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes)))\n'
+    '    own = sharding.own_rows(count, mesh)\n'
+    '    halves = [[0, 1], [2, 3]]\n'
+    '    assert own == ([0, 1, 2] if count == 3 else halves[index]), own\n'
+    '    x = sharding.put_rows({"x": rows[own]}, mesh, count=count)["x"]\n'
+    '    total = jax.jit(lambda x: (x * x).sum(), '
+    'out_shardings=sharding.replicated(mesh))(x)\n'
+    '    assert total == (rows[:count] ** 2).sum(), total\n'
+  )
+  assert codes == [0, 0], errors
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_an_error_in_one_process_ends_the_others_with_its_reason(index):
+  codes, _, errors, seconds = together(
+    f'if index == {index}: raise ValueError("the disk is gone")\n'
+    '  processes.wait("for ever")\n'
+  )
+  assert codes == [1, 1]
+  other = 1 - index
+  assert f'process {other} ends, as process {index} did' in errors[other]
+  assert all('the disk is gone' in error for error in errors)
+  assert seconds < ENDS
+
+
+def test_processes_that_differ_refuse_to_go_on():
+  codes, _, errors, _ = together(
+    'processes.check_same("their configs differ", str(index))\n'
+  )
+  assert codes == [1, 1]
+  assert 'process 1 and process 0: their configs differ' in errors[0]
+
+
+@pytest.mark.slow  # a minute of waiting
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_killed_process_ends_those_that_wait_within_a_minute(victim):
+  codes, _, errors, seconds = together(
+    f'if index == {victim}: os.kill(os.getpid(), 9)\n'
+    '  processes.wait("for ever")\n'
+  )
+  assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, None)
+  assert seconds < ENDS
+  if victim:
+    assert 'process 1 gave no sign of life for 30 s' in errors[0]
+  else:  # the store died with it
+    assert 'lost' in errors[1] or 'coordination service' in errors[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_killed_in_training_ends_the_others(tmp_path, victim):
+  workdir = tmp_path / 'run'
+  changes = CHANGES | {'num_steps': 10_000, 'eval.every': 0}
+  started = launch(2, ['train', *options(tmp_path, workdir, changes)])
+  wait_for(workdir, 3, started)
+  started[victim].kill()
+  begun = time.monotonic()
+  codes, _, errors = outcome(started)
+  assert time.monotonic() - begun < ENDS
+  assert codes[1 - victim] not in (0, None)
+  assert 'dpo-jax:' in errors[1 - victim] or 'died' in errors[1 - victim]
+
+
+@pytest.mark.parametrize(
+  'flags, environment, message',
+  [
+    (('host', 2, 0), {}, 'write HOST:PORT'),
+    (('127.0.0.1:99999', 2, 0), {}, 'write HOST:PORT'),
+    (('no-such-host.invalid:1234', 2, 0), {}, 'which this machine does not'),
+    (('127.0.0.1:1234', 2, 2), {}, 'it is one of 0 to 1'),
+    (('127.0.0.1:1234', 2, -1), {}, 'it is one of 0 to 1'),
+    (('127.0.0.1:1234', 0, 0), {}, 'use 1 or more'),
+    ((None, 2, 0), {}, 'needs --coordinator too'),
+    (('127.0.0.1:1234', None, None), {}, 'needs --num_processes and'),
+    ((None, None, None), {'JAX_NUM_PROCESSES': 'two'}, 'it is a number'),
+    ((None, None, None), {'JAX_PROCESS_ID': '1'}, 'needs --coordinator and'),
+  ],
+)
+def test_bad_addresses_and_numbers_name_the_fix(flags, environment, message):
+  with pytest.raises(ValueError, match=message):
+    processes.find(*flags, environment)
+
+
+SLURM = {
+  'SLURM_JOB_ID': '7',
+  'SLURM_STEP_NODELIST': 'node[1-2]',
+  'SLURM_LOCALID': '0',
+  'SLURM_NTASKS': '2',
+  'SLURM_PROCID': '1',
+}
+
+
+@pytest.mark.parametrize(
+  'flags, environment, found',
+  [
+    ((None, None, None), {}, ('alone', None, None)),
+    ((None, 1, None), SLURM, ('alone', None, None)),
+    ((None, None, None), SLURM, ('SLURM', 2, 1)),
+    ((None, None, None), SLURM | {'SLURM_NTASKS': '1'}, ('alone', None, None)),
+    (
+      (None, None, None),
+      {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '2'},  # a batch script, no srun
+      ('alone', None, None),
+    ),
+    (('127.0.0.1:1', 2, 1), SLURM, ('explicit', 2, 1)),
+    (
+      (None, None, None),
+      {
+        'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1',
+        'JAX_NUM_PROCESSES': '3',
+        'JAX_PROCESS_ID': '2',
+      },
+      ('explicit', 3, 2),
+    ),
+    (
+      (None, None, None),
+      {
+        'OMPI_MCA_orte_hnp_uri': 'x',
+        'OMPI_COMM_WORLD_SIZE': '4',
+        'OMPI_COMM_WORLD_RANK': '3',
+      },
+      ('MPI', 4, 3),
+    ),
+  ],
+)
+def test_who_takes_part_is_known_from_flags_or_the_environment(
+  flags, environment, found
+):
+  launch = processes.find(*flags, environment)
+  assert (launch.how, launch.number, launch.index) == found
+
+
+def test_a_taken_port_is_named():
+  with socket.socket() as taken:
+    taken.bind(('', 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(ValueError, match=f'port {port} of --coordinator is'):
+      processes.find(f'127.0.0.1:{port}', 2, 0, {})
+
+
+@pytest.mark.parametrize(
+  'verb, more, message',
+  [
+    ('prepare', (), 'prepare runs as one process'),
+    ('train', ('--start_timeout=3',), 'waited 3 s for process 0 and gave up'),
+  ],
+)
+def test_one_of_two_alone_ends_in_one_clear_line(tmp_path, verb, more, message):
+  worlds.debug_config(tmp_path)
+  result = subprocess.run(
+    [
+      *(sys.executable, '-m', 'dpo_jax.main', verb),
+      *options(tmp_path, tmp_path / 'run', {}),
+      f'--coordinator=127.0.0.1:{free_port()}',
+      *('--num_processes=2', '--process_id=1', *more),
+    ],
+    env=environment(1),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 1
+  assert message in result.stderr and 'Traceback' not in result.stderr
