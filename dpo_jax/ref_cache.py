@@ -4,10 +4,11 @@ One float32 per scored token, in the order of the data set, independent of how
 groups are packed, ordered or scored: runs that differ in learning rate, beta,
 loss, batch size or seed share a file. The key covers what changes the
 numbers: the weights, the architecture, the compute dtype, the kind of device,
-the version of this code and the tokens.
+the precision of matmuls, the versions of JAX and of this code, and the tokens.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ def groups_digest(groups):
   """sha256 over prompts and responses, in order."""
   digest = hashlib.sha256()
   for group in groups:
+    digest.update(len(group.responses).to_bytes(4, 'little'))
     for tokens in (group.prompt, *group.responses):
       digest.update(len(tokens).to_bytes(4, 'little'))
       digest.update(np.ascontiguousarray(tokens, np.int32).data)
@@ -54,7 +56,9 @@ def key(variables, model_config, groups):
     del config[name]
   made_of = {
     'version': VERSION,
-    'backend': jax.default_backend(),
+    'jax': jax.__version__,
+    'device': jax.devices()[0].device_kind,
+    'precision': str(jax.config.jax_default_matmul_precision),
     'weights': digests.of(variables),
     'model': config,
     'tokens': groups_digest(groups),
@@ -90,9 +94,15 @@ def compute(token_logps, variables, plan, mesh, values, *, name):
       f'{title}: {plan.num_steps - len(missing)} of {plan.num_steps} batches'
       ' are there from before'
     )
-  for step in tqdm.tqdm(missing, desc=title):
-    laid_out = forward(variables, evaluators.put_batch(plan, step, mesh))
-    batches.collect(np.asarray(laid_out), starts, plan.batch(step), values)
+  under_way = None  # a batch is collected while the next one is computed
+  for step in [*tqdm.tqdm(missing, desc=title), None]:
+    before, under_way = under_way, None
+    if step is not None:
+      batch = evaluators.put_batch(plan, step, mesh)
+      under_way = step, forward(variables, batch)
+    if before:
+      at, laid_out = before
+      batches.collect(np.asarray(laid_out), starts, plan.batch(at), values)
 
 
 def load_or_compute(
@@ -110,8 +120,11 @@ def load_or_compute(
   size = plan.starts[-1]
   values, complete = np.zeros(size, np.float32), False
   if processes.first():
-    complete = os.path.exists(path)
-    values = np.load(path) if complete else _open_partial(path, size, made_of)
+    values = _complete(path, size)
+    complete = values is not None
+    if not complete:
+      tqdm.tqdm.write(_reason(directory, made_of, name))
+      values = _open_partial(path, size, made_of)
   complete = processes.agreed(complete)
   if not processes.alone():
     known = multihost_utils.broadcast_one_to_all(np.array(values))
@@ -120,6 +133,13 @@ def load_or_compute(
   if complete:
     return values
   compute(token_logps, variables, plan, mesh, values, name=name)
+  broken = int(np.sum(~np.isfinite(values)))
+  if broken:
+    raise FloatingPointError(
+      f'the reference gives {broken} of {size} tokens of {name} no finite'
+      ' log-probability: its weights are broken, or model.dtype is too narrow'
+      ' for them'
+    )
   if processes.first():
     values.flush()
     try:
@@ -129,15 +149,79 @@ def load_or_compute(
   return np.array(values)
 
 
+def _complete(path, size):
+  """Returns the values of a cache file, None without a sound one."""
+  if not os.path.exists(path):
+    return None
+  try:
+    values = np.load(path)
+    if values.shape == (size,) and np.isfinite(values).all():
+      return values
+  except (ValueError, EOFError):
+    pass
+  tqdm.tqdm.write(f'{path} is damaged: it is computed again')
+  os.remove(path)
+  return None
+
+
 def _open_partial(path, size, made_of):
-  """Opens what is there of a file to fill, or a new one full of NaN."""
+  """Opens what is there of a file to fill, or a new one full of NaN.
+
+  Runs that begin at the same time fill the same file with the same numbers.
+  """
   os.makedirs(os.path.dirname(path), exist_ok=True)
   with open(os.path.splitext(path)[0] + '.json', 'w') as f:
     json.dump(made_of, f, indent=2)
-  partial = f'{path}.partial'
-  if not os.path.exists(partial):
-    temporary = f'{path}.{os.getpid()}.tmp'
-    with open(temporary, 'wb') as f:
-      np.save(f, np.full(size, np.nan, np.float32))
-    os.replace(temporary, partial)
+  partial, temporary = f'{path}.partial', f'{path}.{os.getpid()}.tmp'
+  with open(temporary, 'wb') as f:
+    np.save(f, np.full(size, np.nan, np.float32))
+    f.flush()
+    os.fsync(f.fileno())
+  try:
+    os.link(temporary, partial)  # fails where it is there
+  except FileExistsError:
+    pass
+  except OSError:  # a file system without links
+    if not os.path.exists(partial):
+      os.replace(temporary, partial)
+  if os.path.exists(temporary):
+    os.remove(temporary)
   return np.load(partial, mmap_mode='r+')
+
+
+def _reason(directory, made_of, name):
+  """Says why log-probs are computed: what differs from those that are there."""
+  title = f'reference log-probs, {name}: computed'
+  nearest = None
+  for path in glob.glob(os.path.join(glob.escape(str(directory)), '*.json')):
+    try:
+      with open(path) as f:
+        other = json.load(f)
+      found = _differences(other, json.loads(json.dumps(made_of)))
+    except (ValueError, AttributeError):
+      continue
+    if found and (nearest is None or len(found) < len(nearest)):
+      nearest = found
+  if not nearest:
+    return f'{title}, there are none in {directory}'
+  return f'{title}, those in {directory} have other {", ".join(nearest)}'
+
+
+def _differences(old, new):
+  """Lists the keys in which two `made_of` differ; of the model, with values."""
+  out = []
+  for name in sorted({*old, *new}):
+    before, now = old.get(name), new.get(name)
+    if before == now:
+      continue
+    if name == 'model':
+      out += [
+        f'model.{field} ({before.get(field)!r}, now {value!r})'
+        for field, value in now.items()
+        if before.get(field) != value
+      ]
+    elif name in ('weights', 'tokens'):
+      out.append(name)
+    else:
+      out.append(f'{name} ({before!r}, now {now!r})')
+  return out
