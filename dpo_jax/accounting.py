@@ -32,10 +32,10 @@ _CPU_SIDE, _SIDE = 1024, 8192
 
 
 class Work(NamedTuple):
-  """Counts: of each group (arrays), or summed.
+  """Counts: of each group (arrays), or summed; a prompt counts once.
 
-  tokens: slots that hold one. scored: response tokens. seen: pairs of a query
-  and a key in its interval; seen_windowed: in a layer with the model's window.
+  tokens: all. scored: those of responses. seen: pairs of a query and a key
+  that it attends to; seen_windowed: in a layer with the model's window.
   """
 
   tokens: np.ndarray
@@ -48,24 +48,15 @@ def work_of(groups, *, window):
   """Returns the Work of each group; `window` is that of the model or None."""
   columns = []
   for group in groups:
-    seen = windowed = 0
-    for right, left in rows.blocks(group, window=window):
-      chain = len(group.prompt) + len(group.responses[right])
-      back = 0 if left is None else len(group.responses[left])
-      seen += _chain(chain, chain)
-      windowed += _chain(chain, window or chain)
-      # Backwards on the left: each sees the prompt, itself and what is between,
-      # which `blocks` keeps within the window.
-      behind = back * len(group.prompt) + _chain(back, back)
-      seen += behind
-      windowed += behind
+    prompt = len(group.prompt)
+    seen, windowed = _chain(prompt, prompt), _chain(prompt, window or prompt)
+    for response in group.responses:
+      length = prompt + len(response)
+      seen += _chain(length, length) - _chain(prompt, prompt)
+      windowed += _chain(length, window or length)
+      windowed -= _chain(prompt, window or prompt)
     columns.append(
-      (
-        rows.slots_needed(group, window=window),
-        rows.scored_tokens(group),
-        seen,
-        windowed,
-      )
+      (rows.real_tokens(group), rows.scored_tokens(group), seen, windowed)
     )
   return Work(*np.array(columns, np.int64).reshape(-1, 4).T)
 

@@ -161,7 +161,8 @@ def make_samples(
     cost: name of a constraint score, or 'none'.
 
   The evaluator maps (variables, ref_variables) to (values, records): means
-  over samples with standard errors over prompts, and every text.
+  over samples with standard errors over prompts, and every text; without
+  `ref_variables` (None) there is no `kl`.
   """
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
   score = None if reward == 'none' else rewards.get(reward)
@@ -186,7 +187,7 @@ def make_samples(
       )
     responses = samples.responses()
     columns = {'length': samples.lengths, 'ended': samples.ended}
-    if honest:
+    if honest and ref_variables is not None:
       plan = batches.uniform_plan(
         [
           examples.Group(prompt, (response,), 1.0, 1.0, '')

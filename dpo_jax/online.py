@@ -184,12 +184,15 @@ def check_train_config(config, *, max_new_tokens):
         f'config.train.{name} is set by the loop; leave it as it is'
       )
   samples = config['eval']['samples']
-  if not samples['num_prompts'] or (
-    samples['temperature'] != 1.0 or samples['top_p'] != 1.0
+  if (
+    not samples['num_prompts']
+    or (samples['temperature'] != 1.0 or samples['top_p'] != 1.0)
+    or config['reference']['mode'] == 'cached'
   ):
     raise ValueError(
       'the report needs reward and KL of held-out samples: set'
-      ' train.eval.samples.num_prompts, temperature 1 and top_p 1'
+      ' train.eval.samples.num_prompts, temperature 1 and top_p 1, and choose'
+      ' another reference than cached, which keeps no weights'
     )
   if max_new_tokens >= config['data']['max_response_tokens']:
     raise ValueError(

@@ -57,7 +57,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
   if config.logps_chunk < 1:
     raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
-  chunk = config.logps_chunk * sharding.row_shards(mesh)
+  chunk = config.logps_chunk
 
   # ---------------------------------------------------------------- loss ----
   terms = bind_losses(config)
@@ -101,8 +101,8 @@ def set_up(config, mesh, *, splits=('train', 'test')):
           mesh,
           name=split,
         )
-  start_ref = None
-  if mode == 'frozen' or config.eval.samples.num_prompts:
+  start_ref = None  # cached: the weights leave memory, samples have no KL
+  if mode == 'frozen' or (mode != 'cached' and config.eval.samples.num_prompts):
     # An adapter stays in float32: its scale is multiplied in before a cast.
     dtype = 'float32' if policy.base is not None else model_config.dtype
     start_ref = _copied(policies.start(policy), dtype)
@@ -145,7 +145,8 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     )
 
   def evaluate(params, ref, memory):
-    now, began = policy.variables(params), policy.variables(start_ref)
+    now = policy.variables(params)
+    began = None if start_ref is None else policy.variables(start_ref)
     values, samples = {}, []
     if evaluate_heldout:
       against = began if ref is None else policy.variables(ref)

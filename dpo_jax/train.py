@@ -248,11 +248,12 @@ def _train(config, workdir, mesh):
       check_finite(values, number, checkpoints)
       since.append(number)
       if due('log', number):
-        rates = speed(plan, since, time.perf_counter() - clock, share_of_peak)
+        now = time.perf_counter()  # the next step runs while this is written
+        rates = speed(plan, since, now - clock, share_of_peak)
         named = {f'train/{name}': x for name, x in (values | rates).items()}
         writer.write(number, named)
         since.clear()
-        clock = time.perf_counter()
+        clock = now
     pending.clear()
 
   def measure(number):
@@ -319,7 +320,7 @@ def _train(config, workdir, mesh):
 def speed(plan, numbers, seconds, flops_of):
   """Means over steps (1 is the first) of `seconds` together.
 
-  `row_fill` is the share of slots that hold a token; `flops_of` (group
+  `row_fill` is the share of slots that hold a real token; `flops_of` (group
   numbers) -> the share of the peak that they take for a second.
   """
   steps = [number - 1 for number in numbers]

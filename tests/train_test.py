@@ -16,6 +16,7 @@ import pytest
 from dpo_jax import metrics
 from dpo_jax import policies
 from dpo_jax import ref_cache
+from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import workdirs
@@ -47,6 +48,35 @@ def test_loss_is_ln_2_before_the_first_update(tmp_path, mode):
   for name in ('train/loss', 'heldout/loss'):
     first = losses_of(tmp_path / 'run', name)[0]
     assert abs(first - math.log(2)) < 1e-6, name
+
+
+@pytest.mark.parametrize('mode, kept', [('cached', False), ('frozen', True)])
+def test_a_cached_reference_leaves_no_weights_in_memory(tmp_path, mode, kept):
+  config = worlds.debug_config(
+    tmp_path, f'reference={mode}', **{'eval.samples.num_prompts': 2}
+  )
+  mesh = sharding.make_mesh(**config.mesh)
+  with sharding.use(mesh):
+    run = runs.set_up(config, mesh)
+    assert (run.ref is not None) == kept
+    values, samples = run.evaluate(run.policy.trained, None, run.first_memory)
+  assert len(samples) == 2 and 'samples/length' in values
+  assert ('samples/kl' in values) == kept
+
+
+def test_what_the_host_writes_makes_no_step_look_faster(tmp_path, monkeypatch):
+  write = metrics.Writer.write
+
+  def slow(*args):
+    time.sleep(0.2)
+    write(*args)
+
+  monkeypatch.setattr(metrics.Writer, 'write', slow)
+  config = worlds.debug_config(tmp_path, **{'num_steps': 8, 'eval.every': 8})
+  train.train(config, tmp_path / 'run')
+  taken = losses_of(tmp_path / 'run', 'train/step_seconds')
+  # All but the first step and the last had a record written beside them.
+  assert len(taken) == 8 and min(taken[1:-1]) > 0.19
 
 
 def test_the_window_of_the_model_reaches_every_plan(tmp_path, monkeypatch):

@@ -92,11 +92,8 @@ class Plan:
     )
 
   def tokens(self, step):
-    """Slots of a step that hold a token."""
-    return sum(
-      rows.slots_needed(self.groups[g], window=self.window)
-      for g in self.steps[step]
-    )
+    """Real tokens of a step; a prompt counts once, even if laid out again."""
+    return sum(rows.real_tokens(self.groups[g]) for g in self.steps[step])
 
   def slots_of(self, step):
     """Token slots of a step, padding included."""
@@ -108,7 +105,7 @@ class Plan:
     return sum(map(self.slots_of, range(self.num_steps)))
 
   def fill(self):
-    """Share of all slots that hold a token."""
+    """Share of all slots that hold a real token."""
     used = sum(self.tokens(step) for step in range(self.num_steps))
     return used / self.slots()
 

@@ -61,6 +61,11 @@ def scored_tokens(group):
   return sum(len(r) for r in group.responses)
 
 
+def real_tokens(group):
+  """Tokens of a group: its prompt, once, and its responses."""
+  return len(group.prompt) + scored_tokens(group)
+
+
 # What `pack` tries: most scored tokens of a row, over the mean row's, and how
 # many orders of the groups for each.
 _SCORED_SLACKS = (1.1, 1.25, 2.0)
