@@ -169,6 +169,7 @@ def start(launch: Launch, *, timeout: float):
       launch.number,
       launch.index,
       initialization_timeout=int(timeout) + 60,
+      heartbeat_timeout_seconds=50,  # for who dies before `_Watch` knew it
     )
   except ValueError:
     if launch.how != 'TPU':
@@ -357,7 +358,7 @@ class _Watch:
   def _run(self):
     group, client = self._group, self._group.client
     for beat in itertools.count():
-      if self._ended.wait(_BEAT):
+      if self._ended.wait(_BEAT if beat else 0):
         return
       try:
         client.key_value_set(

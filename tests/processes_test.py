@@ -311,7 +311,8 @@ def test_processes_that_differ_refuse_to_go_on():
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_killed_process_ends_those_that_wait_within_a_minute(victim):
   codes, _, errors, seconds = together(
-    f'if index == {victim}: os.kill(os.getpid(), 9)\n'
+    'time.sleep(3)\n'
+    f'  if index == {victim}: os.kill(os.getpid(), 9)\n'
     '  processes.wait("for ever")\n'
   )
   assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, None)
