@@ -58,9 +58,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     )
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
-  if config.logps_chunk < 1:
-    raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
-  chunk = config.logps_chunk * sharding.row_shards(mesh)
+  chunk = head_chunk(config, mesh)
 
   # ---------------------------------------------------------------- loss ----
   terms = bind_losses(config)
@@ -105,9 +103,9 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         )
   start_ref = None
   if mode == 'frozen' or config.eval.samples.num_prompts:
-    # An adapter stays in float32: its scale is multiplied in before a cast.
-    dtype = 'float32' if policy.base is not None else model_config.dtype
-    start_ref = _copied(policies.start(policy), dtype)
+    start_ref = jax.jit(
+      lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy)
+    )(policies.start(policy))
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(
@@ -169,11 +167,20 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   )
 
 
-def _copied(tree, dtype):
-  """Copies weights in the dtype they are used in; the step donates its own."""
-  return jax.jit(
-    lambda tree: transformer.cast(jax.tree.map(jnp.copy, tree), dtype)
-  )(tree)
+def head_chunk(config, mesh):
+  """Returns how many scored tokens, of all devices, have logits at one time."""
+  if config.logps_chunk < 1:
+    raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
+  return config.logps_chunk * sharding.row_shards(mesh)
+
+
+def frozen_copy(tree, policy):
+  """Casts what is to be the reference to the dtype that it is used in.
+
+  An adapter stays in float32: its scale is multiplied in before a cast.
+  """
+  dtype = 'float32' if policy.base is not None else policy.config.dtype
+  return transformer.cast(tree, dtype)
 
 
 def bind_losses(config):

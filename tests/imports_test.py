@@ -28,6 +28,10 @@ MACHINE = {
   'sharding',
   'optim',
   'checkpoint',
+  'compile_check',
+  'hlo',
+  'hlo_counts',
+  'topologies',
   'metrics',
   'weights',
   'adapters',
@@ -44,10 +48,11 @@ MIDDLE = {
   'steps',
   'policies',
   'conversions',
+  'updates',
 }
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
-LOOPS = {'train', 'online', 'main'}
+LOOPS = {'train', 'online', 'compilations', 'main'}
 HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections'}
 MATHS_FORBIDDEN = {
   'absl',
