@@ -123,7 +123,9 @@ def training(arg):
   # config.model.source may also be a Hugging Face folder, a .gguf file,
   # hf:OWNER/NAME[@REVISION], or random:NAME: a name above, untrained
   config.model.dtype = 'auto'  # auto: float32 on CPU, bfloat16 elsewhere
-  config.model.remat = 'none'  # full: recompute layers, less memory, slower
+  # What the backward pass recomputes: none; dots: all but products of matrices,
+  # much less memory for little work; full: whole layers, the least memory.
+  config.model.remat = 'none'
   config.model.scan_unroll = 1  # layers per iteration of the layer loop
 
   config.adapter = pick(ADAPTERS, 'adapter', arg['adapter'])

@@ -323,6 +323,8 @@ def knobs(config):
   if config.mesh.data != 1:
     out.append('share parameters among all chips (mesh.data=1 mesh.fsdp=-1)')
   if config.model.remat == 'none':
+    out.append('recompute what is cheap (model.remat=dots)')
+  if config.model.remat != 'full':
     out.append('recompute layers (model.remat=full)')
   out.append(
     f'compute a step in more micro-batches (accumulate={2 * config.accumulate})'
