@@ -113,7 +113,7 @@ class Estimate:
 
   @property
   def at_worst(self):
-    return self.compiler + self.links
+    return max(self.compiler, self.memory) + self.links
 
 
 def estimate(account, chip, *, kernel_flops, kernel_depth):

@@ -103,9 +103,11 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         )
   start_ref = None
   if mode == 'frozen' or config.eval.samples.num_prompts:
+    start = policies.start(policy)
     start_ref = jax.jit(
-      lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy)
-    )(policies.start(policy))
+      lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy),
+      out_shardings=jax.tree.map(lambda x: x.sharding, start),
+    )(start)
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(

@@ -173,9 +173,8 @@ def check_libtpu():
     for line in importlib.metadata.requires('jax')
     if (match := re.match(r'libtpu\s*==\s*([\d.*]+)', line))
   )
-  fix = "pip install 'dpo_jax[tpu]', or 'jax[tpu]=={}'".format(
-    importlib.metadata.version('jax')
-  )
+  version = importlib.metadata.version('jax')
+  fix = f"pip install 'jax[tpu]=={version}'"
   try:
     found = importlib.metadata.version('libtpu')
   except importlib.metadata.PackageNotFoundError:

@@ -3,7 +3,7 @@
     python -m experiments.compile_table             # all rows, then the table
     python -m experiments.compile_table --row=6 9   # some, and the table
 
-needs the TPU's compiler (`pip install 'dpo_jax[tpu]'`), no TPU. Every row is
+needs the TPU's compiler (the extra `tpu`), no TPU. Every row is
 compiled in a process of its own, so that its memory is its own; a minute of two
 cores and 2 GiB each. What was found is kept in docs/compile_table.jsonl, from
 which the table in docs/scaling.md is written; `--render` does that alone.

@@ -68,7 +68,7 @@ def test_a_compiler_that_is_missing_or_of_another_version_is_refused(
   topology = topologies.find('v5e-8')
   give_versions(monkeypatch, None)
   with pytest.raises(
-    ValueError, match=r"libtpu 0.0.42.\*; pip install 'dpo_jax"
+    ValueError, match=r"libtpu 0.0.42.\*; pip install 'jax\[tpu\]==0"
   ):
     topologies.devices(topology)
   give_versions(monkeypatch, '0.0.41.1')
