@@ -362,6 +362,7 @@ class Transformer(nn.Module):
     """
     cfg = self.config
     x_BTD = Embed(cfg, name='embed')(tokens_BT, positions_BT)
+    x_BTD = nn.with_logical_constraint(x_BTD, ('rows', 'time', 'embed'))
     ropes, los, windowed = (None, None), (lo_BT, lo_BT), None
     if cfg.positions == 'rotary':
       ropes = [
