@@ -16,6 +16,7 @@ from dpo_jax import accounting
 from dpo_jax import attention_tpu
 from dpo_jax import compile_check
 from dpo_jax import hlo_counts
+from dpo_jax import logps
 from dpo_jax import objectives
 from dpo_jax import policies
 from dpo_jax import runs
@@ -146,7 +147,7 @@ def prove(config, topology, *, lengths=()):
 
   # ----------------------------------------------------------------- step ----
   first_memory = jax.eval_shape(lambda: objectives.first_memory(terms))
-  chunk = runs.head_chunk(config, mesh)
+  chunk = runs.head_chunk(config)
   sums = objectives.make_sums(
     policy.config,
     terms,
@@ -183,7 +184,7 @@ def prove(config, topology, *, lengths=()):
   shards = sharding.row_shards(mesh)
   account = compile_check.counted(
     compiled,
-    data_turns=head_turns(batch, shards * config.accumulate, chunk // shards),
+    data_turns=head_turns(batch, shards * config.accumulate, chunk),
   )
   kernel_flops = attention_flops(
     account, batch, policy.config, mesh, accumulate=config.accumulate
@@ -264,15 +265,14 @@ def make_groups(config, lengths, terms):
 
 
 def head_turns(batch, parts, chunk):
-  """Turns of the loop over chunks of scored tokens, on the fullest device.
+  """Turns of the loop over chunks of scored tokens, see `logps`.
 
   `parts` are devices that share the rows, times micro-batches.
   """
-  rows, scored = batch['target'].shape
-  share = rows // parts
-  size = min(max(chunk // share, 1), scored)
-  last = int(np.max(np.sum(batch['slot'] >= 0, axis=1)))
-  return -(-last // size)
+  scored_RS = batch['slot'] >= 0
+  of_parts = scored_RS.reshape(parts, -1)
+  size = logps.chunk_size(of_parts.shape[1], chunk)
+  return -(-int(of_parts.sum(1).max()) // size)
 
 
 def attention_flops(account, batch, model_config, mesh, *, accumulate):

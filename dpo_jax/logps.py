@@ -1,15 +1,21 @@
 """Log-probabilities of tokens without ever holding [tokens, vocabulary].
 
-Hidden states are gathered at scored positions, then pass through the
-unembedding in chunks; the backward pass recomputes each chunk's logits from
-the saved log-normalizer. Everything here is float32 from the logits on.
+Hidden states are gathered at scored positions; each device makes one list of
+the scored tokens of its rows, without the padding between them, which passes
+through the unembedding in chunks. The backward pass recomputes logits from the
+saved log-normalizers, a block of the vocabulary after the other, so that each
+part of the unembedding's gradient is written once. Everything here is float32
+from the logits on.
 
-Dimension key: R rows, T slots, S scored tokens per row, D model, V
-vocabulary, C tokens of a chunk, Q responses per row.
+Dimension key: R rows, T slots, S scored tokens per row, L lists, N tokens of
+a list, C tokens of a chunk, D model, V vocabulary, B words of a block, Q
+responses per row.
 """
 
 import functools
+import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import custom_derivatives
@@ -22,66 +28,130 @@ def gather_scored(hidden_RTD, source_RS):
   return jnp.take_along_axis(hidden_RTD, source_RS[..., None], axis=1)
 
 
-def _split(x, chunk):
-  """[R, S, ...] -> [chunks, R, C, ...], zero-padded; R * C is about chunk.
-
-  Rows stay whole, because they lie on different devices.
-  """
-  R, S = x.shape[:2]
-  C = min(max(chunk // R, 1), S)
-  pad = [(0, 0), (0, -S % C)] + [(0, 0)] * (x.ndim - 2)
-  x = jnp.pad(x, pad).reshape(R, -1, C, *x.shape[2:])
-  return jnp.moveaxis(x, 1, 0)
+# --- Lists of tokens, and chunks of them --------------------------------------
 
 
-def _join(x, S):
-  """[chunks, R, C, ...] -> [R, S, ...], the inverse of `_split`."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S]
+def _row_shards(rows):
+  """How many devices share the rows: the number of lists."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = nn.logical_to_mesh_axes(('rows',))[0] or ()
+  axes = (axes,) if isinstance(axes, str) else axes
+  shards = math.prod(mesh.shape.get(name, 1) for name in axes)
+  return shards if rows % shards == 0 else 1
 
+
+def _listed(x):
+  """[R, S, ...] -> [L, N, ...]: the rows of a device, one after the other."""
+  lists = _row_shards(x.shape[0])
+  x = x.reshape(lists, -1, *x.shape[2:])
+  if lists == 1:
+    return x
+  return nn.with_logical_constraint(x, ('rows',) + (None,) * (x.ndim - 1))
+
+
+def chunk_size(tokens, chunk):
+  """C: as many of `tokens` as give even chunks of at most `chunk`."""
+  return math.ceil(tokens / math.ceil(tokens / chunk))
+
+
+def _pad(x_LN, multiple):
+  """Pads N with zeros to a multiple."""
+  pad = [(0, 0), (0, -x_LN.shape[1] % multiple)]
+  return jnp.pad(x_LN, pad + [(0, 0)] * (x_LN.ndim - 2))
+
+
+class _Scored:
+  """The scored tokens of [R, S], packed to the front of each list."""
+
+  def __init__(self, target_RS, chunk):
+    self._shape = target_RS.shape
+    real_LN = _listed(target_RS >= 0)
+    self.chunk = chunk_size(real_LN.shape[1], chunk)
+    self._order_LN = jnp.argsort(~real_LN, axis=1, stable=True)
+    self._place_LN = jnp.maximum(jnp.cumsum(real_LN, axis=1) - 1, 0)
+    self._real_RS = target_RS >= 0
+    self._most = jnp.max(jnp.sum(real_LN, axis=1))
+
+  def packed(self, x):
+    """[R, S, ...] -> [L, N, ...], N a multiple of C, real tokens first."""
+    x = _listed(x)
+    order_LN = self._order_LN.reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+    return _pad(jnp.take_along_axis(x, order_LN, axis=1), self.chunk)
+
+  def unpacked(self, x, padding):
+    """[L, N, ...] -> [R, S, ...], with `padding` where no token is scored."""
+    ones = [1] * (x.ndim - 2)
+    place_LN = self._place_LN.reshape(*self._place_LN.shape, *ones)
+    x = jnp.take_along_axis(x, place_LN, axis=1)
+    x = x.reshape(*self._shape, *x.shape[2:])
+    return jnp.where(self._real_RS.reshape(*self._shape, *ones), x, padding)
+
+  def scan(self, one_chunk, carry, inputs):
+    """`lax.scan` over the chunks of `inputs` [L, N, ...] that have a token.
+
+    Chunks of padding alone, the last ones, are left out; their outputs are 0.
+    """
+    size = self.chunk
+
+    def take(n):
+      return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, n * size, size, axis=1),
+        inputs,
+      )
+
+    def step(n, state):
+      carry, outs = state
+      carry, out = one_chunk(carry, take(n))
+      put = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim, start_index=n * size, axis=1
+      )
+      return carry, jax.tree.map(put, outs, out)
+
+    _, out = jax.eval_shape(one_chunk, carry, jax.eval_shape(take, 0))
+    length = jax.tree.leaves(inputs)[0].shape[1]
+    outs = jax.tree.map(
+      lambda x: jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype), out
+    )
+    return jax.lax.fori_loop(0, -(-self._most // size), step, (carry, outs))
+
+
+# --- Logits of a chunk, and their gradients -----------------------------------
+
+
+def _ready(unembed_VD, dtype):
+  """The unembedding as chunks want it: cast, and gathered over D, once."""
+  return nn.with_logical_constraint(unembed_VD.astype(dtype), ('vocab', None))
+
+
+def _logits(hidden_LCD, unembed_VD, cap):
+  logits_LCV = jnp.einsum(
+    'LCD,VD->LCV',
+    hidden_LCD,
+    unembed_VD,
+    preferred_element_type=jnp.float32,
+  )
+  return attention.soft_cap(logits_LCV, cap)
+
+
+def _logits_grad(logits_LCV, normalizer_LC, target_LC, cap):
+  """Gradient of log p(target) in the logits before the cap."""
+  probs_LCV = jnp.exp(logits_LCV - normalizer_LC[..., None])
+  hit_LCV = jnp.arange(logits_LCV.shape[-1]) == target_LC[..., None]
+  grad_LCV = hit_LCV - probs_LCV
+  if cap is not None:  # the derivative of the soft cap, from its value
+    grad_LCV *= 1 - (logits_LCV / cap) ** 2
+  return grad_LCV
+
+
+def _hidden_grad(logits_grad_LCV, unembed_VD):
+  return jnp.einsum('LCV,VD->LCD', logits_grad_LCV, unembed_VD)
+
+
+# --- Log-probs ----------------------------------------------------------------
 
 # What a padding target has for a log-prob; nobody looks at it, so it is any
 # number at which all functions of log-probs are finite.
 _PADDING = -1.0
-
-
-def _scan(one_chunk, carry, inputs, target_RS):
-  """`lax.scan` over chunks, of which those of padding alone are left out.
-
-  Padding ends rows, so they are the last ones; their outputs are zero. `inputs`
-  are of `_split`, for targets [R, S].
-  """
-  S, C = target_RS.shape[1], inputs[0].shape[2]
-  last = jnp.max(jnp.where(target_RS >= 0, jnp.arange(1, S + 1), 0))
-
-  def take(n):
-    return jax.tree.map(
-      lambda x: jax.lax.dynamic_index_in_dim(x, n, keepdims=False), inputs
-    )
-
-  def step(n, state):
-    carry, outs = state
-    carry, out = one_chunk(carry, take(n))
-    put = functools.partial(
-      jax.lax.dynamic_update_index_in_dim, index=n, axis=0
-    )
-    return carry, jax.tree.map(put, outs, out)
-
-  _, out = jax.eval_shape(one_chunk, carry, jax.eval_shape(take, 0))
-  outs = jax.tree.map(
-    lambda x: jnp.zeros((len(inputs[0]), *x.shape), x.dtype), out
-  )
-  return jax.lax.fori_loop(0, -(-last // C), step, (carry, outs))
-
-
-def _logits(hidden_RCD, unembed_VD, cap):
-  logits_RCV = jnp.einsum(
-    'RCD,VD->RCV',
-    hidden_RCD,
-    unembed_VD.astype(hidden_RCD.dtype),
-    preferred_element_type=jnp.float32,
-  )
-  return attention.soft_cap(logits_RCV, cap)
 
 
 def _in_chunks(
@@ -92,46 +162,35 @@ def _in_chunks(
   The last two are None unless asked for. `slopes` [R, S, D] are the gradients
   of the log-probs in the hidden states.
   """
+  scored = _Scored(target_RS, chunk)
+  unembed_VD = _ready(unembed_VD, hidden_RSD.dtype)
 
   def one_chunk(_, inputs):
-    hidden_RCD, target_RC = inputs
-    target_RC = jnp.maximum(target_RC, 0)
-    logits_RCV = _logits(hidden_RCD, unembed_VD, cap)
-    normalizer_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
-    picked_RC = jnp.take_along_axis(logits_RCV, target_RC[..., None], -1)
-    collision_RC = slope_RCD = None
+    hidden_LCD, target_LC = inputs
+    target_LC = jnp.maximum(target_LC, 0)
+    logits_LCV = _logits(hidden_LCD, unembed_VD, cap)
+    normalizer_LC = jax.nn.logsumexp(logits_LCV, axis=-1)
+    picked_LC = jnp.take_along_axis(logits_LCV, target_LC[..., None], -1)
+    collision_LC = slope_LCD = None
     if collisions:
-      twice_RC = jax.nn.logsumexp(2.0 * logits_RCV, axis=-1)
-      collision_RC = twice_RC - 2.0 * normalizer_RC
+      twice_LC = jax.nn.logsumexp(2.0 * logits_LCV, axis=-1)
+      collision_LC = twice_LC - 2.0 * normalizer_LC
     if slopes:
-      grad_RCV = _logits_grad(logits_RCV, normalizer_RC, target_RC, cap)
-      slope_RCD = _hidden_grad(grad_RCV.astype(hidden_RCD.dtype), unembed_VD)
+      grad_LCV = _logits_grad(logits_LCV, normalizer_LC, target_LC, cap)
+      slope_LCD = _hidden_grad(grad_LCV.astype(hidden_LCD.dtype), unembed_VD)
     return None, (
-      picked_RC[..., 0] - normalizer_RC,
-      normalizer_RC,
-      collision_RC,
-      slope_RCD,
+      picked_LC[..., 0] - normalizer_LC,
+      normalizer_LC,
+      collision_LC,
+      slope_LCD,
     )
 
-  inputs = (_split(hidden_RSD, chunk), _split(target_RS, chunk))
-  _, out = _scan(one_chunk, None, inputs, target_RS)
-  logps_RS, *others = jax.tree.map(lambda x: _join(x, target_RS.shape[1]), out)
-  return jnp.where(target_RS < 0, _PADDING, logps_RS), *others
-
-
-def _logits_grad(logits_RCV, normalizer_RC, target_RC, cap):
-  """Gradient of log p(target) in the logits before the cap."""
-  probs_RCV = jnp.exp(logits_RCV - normalizer_RC[..., None])
-  hit_RCV = jnp.arange(logits_RCV.shape[-1]) == target_RC[..., None]
-  grad_RCV = hit_RCV - probs_RCV
-  if cap is not None:  # the derivative of the soft cap, from its value
-    grad_RCV *= 1 - (logits_RCV / cap) ** 2
-  return grad_RCV
-
-
-def _hidden_grad(logits_grad_RCV, unembed_VD):
-  return jnp.einsum(
-    'RCV,VD->RCD', logits_grad_RCV, unembed_VD.astype(logits_grad_RCV.dtype)
+  inputs = (scored.packed(hidden_RSD), scored.packed(target_RS))
+  _, (logps, normalizers, *others) = scored.scan(one_chunk, None, inputs)
+  return (
+    scored.unpacked(logps, _PADDING),
+    scored.unpacked(normalizers, jnp.inf),  # so that all probabilities are 0
+    *jax.tree.map(lambda x: scored.unpacked(x, 0), others),
   )
 
 
@@ -142,9 +201,9 @@ def token_logps(hidden_RSD, unembed_VD, target_RS, chunk, *, cap):
     hidden_RSD: hidden states that predict the targets.
     unembed_VD: unembedding; logits = hidden @ unembed.T, accumulated in
       float32.
-    target_RS: int32 token ids; -1 is padding, which ends a row, has no
-      gradient and, where it fills a chunk, costs nothing.
-    chunk: tokens, over all rows, whose logits exist at one time.
+    target_RS: int32 token ids; -1 is padding, which has no gradient and costs
+      nothing beyond the end of the last chunk.
+    chunk: tokens of a device whose logits exist at one time.
     cap: the model's `logit_cap`, soft cap of the logits or None.
 
   Without differentiation (the reference model) nothing is kept for a
@@ -185,9 +244,9 @@ def _token_logps_forward(hidden, unembed, target, chunk, cap, collisions):
   logps_RS, normalizer_RS, collisions_RS, slopes_RSD = _in_chunks(
     hidden_RSD, unembed_VD, target_RS, chunk, cap, collisions, slopes=frozen
   )
-  residuals = (hidden_RSD, unembed_VD, target_RS, normalizer_RS)
   if frozen:
-    residuals = jnp.where(target_RS[..., None] < 0, 0.0, slopes_RSD)
+    return (logps_RS, collisions_RS), slopes_RSD
+  residuals = (hidden_RSD, unembed_VD, target_RS, normalizer_RS)
   return (logps_RS, collisions_RS), residuals
 
 
@@ -201,32 +260,80 @@ def _token_logps_backward(chunk, cap, collisions, residuals, grads):
     hidden_grad_RSD = grad_RS[..., None] * slopes_RSD
     return hidden_grad_RSD.astype(slopes_RSD.dtype), None, None
   hidden_RSD, unembed_VD, target_RS, normalizer_RS = residuals
-  dtype = hidden_RSD.dtype
-  grad_RS = jnp.where(target_RS < 0, 0.0, grad_RS)
-
-  def one_chunk(unembed_grad_VD, inputs):
-    hidden_RCD, target_RC, normalizer_RC, grad_RC = inputs
-    logits_RCV = _logits(hidden_RCD, unembed_VD, cap)
-    logits_grad_RCV = grad_RC[..., None] * _logits_grad(
-      logits_RCV, normalizer_RC, target_RC, cap
-    )
-    logits_grad_RCV = logits_grad_RCV.astype(dtype)
-    unembed_grad_VD += jnp.einsum(
-      'RCV,RCD->VD',
-      logits_grad_RCV,
-      hidden_RCD,
-      preferred_element_type=jnp.float32,
-    )
-    return unembed_grad_VD, _hidden_grad(logits_grad_RCV, unembed_VD)
-
+  scored = _Scored(target_RS, chunk)
+  ready_VD = _ready(unembed_VD, hidden_RSD.dtype)
   inputs = tuple(
-    _split(x, chunk) for x in (hidden_RSD, target_RS, normalizer_RS, grad_RS)
+    map(scored.packed, (hidden_RSD, target_RS, normalizer_RS, grad_RS))
   )
-  unembed_grad_VD, hidden_grad = _scan(
-    one_chunk, jnp.zeros(unembed_VD.shape, jnp.float32), inputs, target_RS
+  V, D = unembed_VD.shape
+  blocks = _blocks(V)
+  B = math.ceil(V / blocks)
+
+  def one_block(n, state):
+    """Adds to the states' gradient, and writes rows of the unembedding's."""
+    hidden_grad_LND, unembed_grad_VD = state
+    # The last blocks overlap: rows that were there before are written again,
+    # but must not be added again.
+    start = jnp.minimum(n * B, V - B) if blocks > 1 else 0
+    part_BD = jax.lax.dynamic_slice_in_dim(ready_VD, start, B)
+    new_B1 = (start + jnp.arange(B) >= n * B)[:, None]
+    new_BD = jnp.where(new_B1, part_BD, 0) if V % B else part_BD
+
+    def one_chunk(part_grad_LBD, inputs):
+      hidden_LCD, target_LC, normalizer_LC, grad_LC = inputs
+      logits_LCB = _logits(hidden_LCD, part_BD, cap)
+      logits_grad_LCB = grad_LC[..., None] * _logits_grad(
+        logits_LCB, normalizer_LC, target_LC - start, cap
+      )
+      logits_grad_LCB = logits_grad_LCB.astype(hidden_LCD.dtype)
+      part_grad_LBD += jnp.einsum(
+        'LCB,LCD->LBD',
+        logits_grad_LCB,
+        hidden_LCD,
+        preferred_element_type=jnp.float32,
+      )
+      return part_grad_LBD, jnp.einsum(
+        'LCB,BD->LCD',
+        logits_grad_LCB,
+        new_BD,
+        preferred_element_type=jnp.float32,
+      )
+
+    L = len(hidden_grad_LND)
+    zeros_LBD = jnp.zeros((L, B, D), jnp.float32)
+    if L > 1:
+      zeros_LBD = nn.with_logical_constraint(zeros_LBD, ('rows', 'vocab', None))
+    part_grad_LBD, added_LND = scored.scan(one_chunk, zeros_LBD, inputs)
+    part_grad_BD = jnp.sum(part_grad_LBD, axis=0).astype(unembed_VD.dtype)
+    return hidden_grad_LND + added_LND, jax.lax.dynamic_update_slice_in_dim(
+      unembed_grad_VD, part_grad_BD, start, axis=0
+    )
+
+  state = (
+    jnp.zeros(inputs[0].shape, jnp.float32),
+    jnp.zeros(unembed_VD.shape, unembed_VD.dtype),
   )
-  hidden_grad_RSD = _join(hidden_grad, target_RS.shape[1])
-  return hidden_grad_RSD, unembed_grad_VD.astype(unembed_VD.dtype), None
+  if blocks == 1:
+    hidden_grad_LND, unembed_grad_VD = one_block(0, state)
+  else:
+    hidden_grad_LND, unembed_grad_VD = jax.lax.fori_loop(
+      0, blocks, one_block, state
+    )
+  hidden_grad_RSD = scored.unpacked(hidden_grad_LND, 0)
+  return hidden_grad_RSD.astype(hidden_RSD.dtype), unembed_grad_VD, None
+
+
+# Words of which the backward pass computes logits at one time.
+_BLOCK = 8192
+
+
+def _blocks(vocab):
+  """Number of blocks; a vocabulary that devices share is not cut further."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axis = nn.logical_to_mesh_axes(('vocab',))[0]
+  if axis and mesh.shape.get(axis, 1) > 1:
+    return 1
+  return math.ceil(vocab / _BLOCK)
 
 
 _token_logps.defvjp(
@@ -245,16 +352,29 @@ def token_kls(
   each chunk. Arguments as in `token_logps`.
   """
 
+  R, S = p_hidden_RSD.shape[:2]
+  p_unembed_VD = _ready(p_unembed_VD, p_hidden_RSD.dtype)
+  q_unembed_VD = _ready(q_unembed_VD, q_hidden_RSD.dtype)
+
   @jax.checkpoint
   def one_chunk(_, inputs):
-    p_hidden_RCD, q_hidden_RCD = inputs
-    p_logp = jax.nn.log_softmax(_logits(p_hidden_RCD, p_unembed_VD, cap))
-    q_logp = jax.nn.log_softmax(_logits(q_hidden_RCD, q_unembed_VD, cap))
+    p_hidden_LCD, q_hidden_LCD = inputs
+    p_logp = jax.nn.log_softmax(_logits(p_hidden_LCD, p_unembed_VD, cap))
+    q_logp = jax.nn.log_softmax(_logits(q_hidden_LCD, q_unembed_VD, cap))
     return None, jnp.sum(jnp.exp(p_logp) * (p_logp - q_logp), -1)
 
-  inputs = (_split(p_hidden_RSD, chunk), _split(q_hidden_RSD, chunk))
-  _, kls = jax.lax.scan(one_chunk, None, inputs)
-  return _join(kls, p_hidden_RSD.shape[1])
+  def chunks(hidden_RSD):
+    hidden_LND = _listed(hidden_RSD)
+    L, N, D = hidden_LND.shape
+    C = chunk_size(N, chunk)
+    return jnp.moveaxis(_pad(hidden_LND, C).reshape(L, -1, C, D), 1, 0)
+
+  inputs = (chunks(p_hidden_RSD), chunks(q_hidden_RSD))
+  _, kls_nLC = jax.lax.scan(one_chunk, None, inputs)
+  L = kls_nLC.shape[1]
+  return (
+    jnp.moveaxis(kls_nLC, 1, 0).reshape(L, -1)[:, : R * S // L].reshape(R, S)
+  )
 
 
 def sum_by_slot(values_RS, slot_RS, *, num_slots):

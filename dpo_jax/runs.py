@@ -58,7 +58,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     )
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
-  chunk = head_chunk(config, mesh)
+  chunk = head_chunk(config)
 
   # ---------------------------------------------------------------- loss ----
   terms = bind_losses(config)
@@ -169,11 +169,11 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   )
 
 
-def head_chunk(config, mesh):
-  """Returns how many scored tokens, of all devices, have logits at one time."""
+def head_chunk(config):
+  """Returns how many scored tokens of a device have logits at one time."""
   if config.logps_chunk < 1:
     raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
-  return config.logps_chunk * sharding.row_shards(mesh)
+  return config.logps_chunk
 
 
 def frozen_copy(tree, policy):

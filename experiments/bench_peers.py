@@ -1,32 +1,46 @@
-"""Measure our DPO step against those of TRL, plain PyTorch and Tunix.
+r"""Measure our DPO step against those of TRL, plain PyTorch and Tunix.
 
 All sides start from the same two checkpoints (a policy and a frozen reference
 near it, written by `exports`) and do the same steps on the same tokens in the
 same order: DPO, beta 0.1, AdamW without weight decay, gradients clipped at norm
-1, float32. Each is a process of its own, in an environment of its own, on one
-thread of one core, and is told how many steps to do next; they take turns (A B
-C A B C), so that what else the machine does hits all of them. The first step of
-each (compilation, memory) is not timed. Time is that of the process (user +
-system). Losses of a step must agree to 1e-3, on all sides and all steps, or
-there is no table.
+1. Each is a process of its own, in an environment of its own, on one thread of
+one core, and is told how many steps to do next; they take turns (A B C A B C),
+so that what else the machine does hits all of them. The first step of each
+(compilation, memory) is not timed. Time is that of the process (user + system);
+with `--platform=gpu` (TRL alone) it is the clock's. Losses of a
+step must agree to 1e-3 (2e-2 in bfloat16), on all sides and all steps, or there
+is no table.
 
-Environments, each made once (their versions are printed):
+Environments, each made once (their versions are printed; those of README's
+table are named here):
 
   mkdir -p runs/peers && cd runs/peers
-  python3 -m venv torch && torch/bin/pip install torch transformers
-  python3 -m venv trl && trl/bin/pip install torch trl
-  python3 -m venv tunix && tunix/bin/pip install google-tunix
+  python3 -m venv torch && torch/bin/pip install torch==2.13.0 \
+      transformers==5.23.0
+  python3 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0 \
+      transformers==5.23.0
+  python3 -m venv tunix && tunix/bin/pip install google-tunix==0.1.7
 
 Then, in an environment of ours, at the root of the checkout:
 
-  python -m experiments.bench_peers --data=FOLDER --batch_size=16 --steps=3 \
-      --side plain_torch=runs/peers/torch/bin/python
-      trl_trainer=runs/peers/trl/bin/python
+  python -m experiments.bench_peers --data=FOLDER --batch_size=16 --steps=4 \
+      --micro=8 --side plain_torch=runs/peers/torch/bin/python \
+      trl_trainer=runs/peers/trl/bin/python \
       tunix_trainer=runs/peers/tunix/bin/python
 
-`--data` is as in `bench_step`. Peers hold the logits of `--micro` pairs at a
-time and add up gradients. Real tokens are those of a prompt, once, and its two
-responses, for every side, whatever it computes.
+and on a GPU, with JAX and PyTorch for it:
+
+  python -m experiments.bench_peers --data=FOLDER --platform=gpu \
+      --dtype=bfloat16 --shape=llama3.2-1b --limit=512 --row_length=2048 \
+      --batch_size=32 --micro=4 --chunk=1024 --steps=10 \
+      --side trl_trainer=runs/peers/trl/bin/python
+
+`--data` is as in `bench_step`. Our rows have the shapes of a whole epoch, whose
+first steps these are; Tunix pads to the longest of these steps. Peers do
+`--micro` pairs at a time and add up gradients: plain PyTorch and Tunix hold
+their logits, TRL has a fused head and computes an entropy and an accuracy of
+tokens besides. Real tokens are those of a prompt, once, and its two responses,
+for every side, whatever it computes.
 """
 
 import argparse
@@ -48,10 +62,10 @@ from experiments import bench_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIDES = ('plain_torch', 'trl_trainer', 'tunix_trainer')
-AGREE = 1e-3  # how far apart the losses of a step may be
+# How far apart the losses of a step may be.
+AGREE = {'float32': 1e-3, 'bfloat16': 2e-2}
 NEAR = 0.3  # the reference is the policy plus so much of its own deviation
 ONE_THREAD = {
-  'JAX_PLATFORMS': 'cpu',
   'OMP_NUM_THREADS': '1',
   'MKL_NUM_THREADS': '1',
   'OPENBLAS_NUM_THREADS': '1',
@@ -90,7 +104,7 @@ def write_task(folder, groups, options):
     batches.shuffled(
       seed=0, step=s, batch_size=options.batch_size, num_groups=len(groups)
     )
-    for s in range(options.steps + 1)
+    for s in range(bench_step.epoch_steps(groups, options))
   ]
   task = dict(
     batch_size=options.batch_size,
@@ -100,6 +114,10 @@ def write_task(folder, groups, options):
     row_length=options.row_length,
     chunk=options.chunk,
     reference='frozen',
+    dtype=options.dtype,
+    remat=options.remat,
+    platform=options.platform,
+    timed=options.steps,
     steps=[
       [
         dict(
@@ -114,7 +132,8 @@ def write_task(folder, groups, options):
   )
   (folder / 'task.json').write_text(json.dumps(task))
   return [
-    sum(bench_step.real_tokens(groups[g]) for g in numbers) for numbers in steps
+    sum(bench_step.real_tokens(groups[g]) for g in numbers)
+    for numbers in steps[: options.steps + 1]
   ]
 
 
@@ -131,7 +150,10 @@ class Side:
     self._process = subprocess.Popen(
       ['taskset', '-c', options.core, *command, f'--micro={options.micro}'],
       cwd=ROOT,
-      env=os.environ | ONE_THREAD | {'PYTHONPATH': str(ROOT)},
+      env=os.environ
+      | ONE_THREAD
+      | {'PYTHONPATH': str(ROOT)}
+      | ({'JAX_PLATFORMS': 'cpu'} if options.platform == 'cpu' else {}),
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=self._log,
@@ -175,52 +197,57 @@ class Result:
       self.wall.append(answer['wall'])
 
 
-def check_losses(results):
+def check_losses(results, *, agree=AGREE['float32']):
   """Exits where sides did not compute the same losses."""
   losses = np.array([result.losses for result in results.values()])
   for step, column in enumerate(losses.T, start=1):
-    if not column.max() - column.min() <= AGREE:  # NaN is not
+    if not column.max() - column.min() <= agree:  # NaN is not
       told = ', '.join(f'{n} {x:.6f}' for n, x in zip(results, column))
       raise SystemExit(
-        f'the losses of step {step} differ by more than {AGREE:g}: {told}; what'
+        f'the losses of step {step} differ by more than {agree:g}: {told}; what'
         ' is compared must compute the same, so there is no table'
       )
 
 
-def table(results, *, pairs, tokens):
+def table(results, *, pairs, tokens, clock='process'):
   """Returns the table; the first side is the one that others are held to.
 
+  All do the same pairs, so that ratios of pairs/s and of tokens/s are those of
+  time.
+
   Args:
-    results: {side: Result}.
+    results: {side: Result}, of losses that `check_losses` has seen.
     pairs: of a step.
     tokens: real tokens of each timed step.
+    clock: 'process' or 'wall', whose seconds count.
   """
-  check_losses(results)
   names = list(results)
-  first = np.array(results[names[0]].process)
+  first = np.array(getattr(results[names[0]], clock))
+  memory = results[names[0]].peak_memory
 
   def spread(values, digits=2):
     cells = np.min(values), np.median(values), np.max(values)
     return ' / '.join(f'{cell:,.{digits}f}' for cell in cells)
 
   lines = [
-    '| side | process s a step | pairs/s | real tokens/s | peak GiB |'
-    f' process time over that of {names[0]} |',
-    '|---|---|---|---|---|---|',
+    f'| side | {clock} s a step | pairs/s | real tokens/s | peak GiB |'
+    f' memory over {names[0]} | time over {names[0]} |',
+    '|---|---|---|---|---|---|---|',
   ]
   for name, result in results.items():
-    process = np.array(result.process)
+    seconds = np.array(getattr(result, clock))
     lines.append(
-      f'| {name} | {spread(process)} | {spread(pairs / process, 3)} |'
-      f' {spread(np.array(tokens) / process, 1)} |'
-      f' {result.peak_memory / 2**30:.2f} | {spread(process / first)} |'
+      f'| {name} | {spread(seconds)} | {spread(pairs / seconds, 3)} |'
+      f' {spread(np.array(tokens) / seconds, 1)} |'
+      f' {result.peak_memory / 2**30:.2f} | {result.peak_memory / memory:.2f} |'
+      f' {spread(seconds / first)} |'
     )
   lines.append('')
   losses = np.array([result.losses for result in results.values()])
   gaps = losses.max(0) - losses.min(0)
   lines.append(
     f'Minimum / median / maximum of {len(tokens)} steps of {pairs} pairs, per'
-    ' second of process time. Losses of all sides agree to'
+    f' second of {clock} time. Losses of all sides agree to'
     f' {gaps.max():.1e} on {losses.shape[1]} steps'
     f' ({", ".join(f"{x:.4f}" for x in losses[0])}).'
   )
@@ -243,7 +270,7 @@ def compare(sides, options, folder):
           f' process {answer["process"]:.2f} s, wall {answer["wall"]:.2f} s',
           flush=True,
         )
-      check_losses(results)
+      check_losses(results, agree=AGREE[options.dtype])
   finally:
     for side in running:
       side.close()
@@ -259,6 +286,7 @@ def main():
   add('--side', nargs='*', action='extend', default=[], help='NAME=PYTHON')
   add('--micro', type=int, default=16, help='pairs a peer does at one time')
   add('--core', default='0', help='or cores, that all sides run on')
+  add('--platform', choices=('cpu', 'gpu'), default='cpu')
   options = parser.parse_args()
   sides = [('ours', sys.executable)]
   for text in options.side:
@@ -267,6 +295,8 @@ def main():
       raise SystemExit(
         f'--side {text!r}: give NAME=PYTHON, with a name of {", ".join(SIDES)}'
       )
+    if options.platform == 'gpu' and name != 'trl_trainer':
+      raise SystemExit(f'--side {name}: on a GPU there is trl_trainer alone')
     sides.append((name, python))
   model_config = bench_step.model_shape(options.shape)
   groups = bench_step.load_groups(options, model_config)
@@ -276,7 +306,10 @@ def main():
     tokens = write_task(folder, groups, options)
     results = compare(sides, options, folder)
   print()
-  print(table(results, pairs=options.batch_size, tokens=tokens[1:]))
+  clock = 'process' if options.platform == 'cpu' else 'wall'
+  print(
+    table(results, pairs=options.batch_size, tokens=tokens[1:], clock=clock)
+  )
 
 
 if __name__ == '__main__':

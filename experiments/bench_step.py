@@ -1,18 +1,25 @@
-"""Measure our training step: what a step costs, and what it gets done.
+r"""Measure our training step: what a step costs, and what it gets done.
 
 The step is the one `dpo-jax train` compiles (DPO, beta 0.1, AdamW), fed by the
-same plan of rows. The shape is compiled and the first step is done before the
-clock starts; then every step is waited for and timed by itself, by the clock
-and by the process (user + system, all threads).
+same plan of rows, that of a whole epoch, whose first steps are timed: as in
+`train`, an epoch has one or two shapes. They are compiled and the first step is
+done before the clock starts; then every step is waited for and timed by itself,
+by the clock and by the process (user + system, all threads).
 
   python -m experiments.bench_step
   python -m experiments.bench_step --data=pairs.jsonl --batch_size=16
   python -m experiments.bench_step --data=FOLDER --subset=harmless-base \
-      --shape=smollm2-135m --reference=cached --batch_size=8 --steps=2
+      --shape=smollm2-135m --reference frozen cached --batch_size=8 --steps=2
+
+A model of a billion parameters on one GPU, on long packed rows:
+
+  python -m experiments.bench_step --data=FOLDER --shape=llama3.2-1b \
+      --dtype=bfloat16 --remat=full --limit=512 --row_length=2048 \
+      --batch_size=32 --chunk=1024 --steps=10
 
 One thread: put before it
 
-  taskset -c 0 env XLA_FLAGS='--xla_cpu_multi_thread_eigen=false
+  taskset -c 0 env XLA_FLAGS='--xla_cpu_multi_thread_eigen=false \
       intra_op_parallelism_threads=1'
 
 `--data` is `uniform` (random tokens, 64 of a prompt and of each response), a
@@ -22,6 +29,7 @@ pair's prompt and responses have at most `--limit` tokens each.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -101,6 +109,11 @@ def uniform_groups(number, *, vocab_size, length=UNIFORM, seed=0):
     make_group(prompt, (chosen, rejected), id=str(n))
     for n, (prompt, chosen, rejected) in enumerate(tokens)
   ]
+
+
+def epoch_steps(groups, options):
+  """Steps of an epoch over `groups`, or all that are timed if that is more."""
+  return max(options.steps + 1, len(groups) // options.batch_size)
 
 
 def make_group(prompt, responses, *, id):
@@ -193,14 +206,16 @@ def make_run(
   """
   base, trained, scale = None, params, 1.0
   if reference == 'adapter_off':
-    base, scale = params, adapter_options().scale
+    base = transformer.cast(params, model_config.dtype)
+    scale = adapter_options().scale
     adapter = new_adapter(model_config)
     boxed = lora.boxed(model_config, adapter)
     trained = jax.device_put(adapter, sharding.parameter_shardings(boxed, mesh))
-  if ref_params is None and base is None:
-    ref_params = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree))(
-      params
-    )
+  if ref_params is None and base is None:  # as in `runs`
+    dtype = model_config.dtype
+    ref_params = jax.jit(
+      lambda tree: transformer.cast(jax.tree.map(jax.numpy.copy, tree), dtype)
+    )(params)
   ref_values = None
   if reference == 'cached':
     ref_values = np.full(plan.starts[-1], np.nan, np.float32)
@@ -336,61 +351,80 @@ def useful_flops(model_config, plan, *, reference):
   ]
 
 
-def measure(run, plan, *, flops, peak_flops):
-  """Does all steps of `plan`; returns the Account of all but the first."""
-  run(0)
-  taken = []
-  for number in range(1, plan.num_steps):
-    start, process = time.perf_counter(), time.process_time()
-    loss = run(number)
-    done = time.perf_counter(), time.process_time()
+def peak_memory():
+  """Most bytes in use so far: of the first device, on a CPU of the process."""
+  statistics = jax.local_devices()[0].memory_stats() or {}
+  return statistics.get('peak_bytes_in_use') or protocol.peak_memory()
+
+
+def measure(runs, plan, steps, *, flops, peak_flops):
+  """Does so many steps of `plan` after the first; returns {name: Account}.
+
+  Args:
+    runs: {name: of `make_run`}; they take turns, step by step.
+    plan: see `batches`.
+    steps: to be timed.
+    flops: {name: useful FLOPs of each step}.
+    peak_flops: a second.
+  """
+  taken = {name: [] for name in runs}
+  for number in range(1, steps + 1):
     members = plan.steps[number]
-    taken.append(
-      (
-        loss,
-        done[0] - start,
-        done[1] - process,
-        len(members),
-        sum(real_tokens(plan.groups[g]) for g in members),
-        plan.slots_of(number),
-        flops[number],
-      )
-    )
-  return Account(*np.array(taken).T, protocol.peak_memory(), peak_flops)
+    tokens = sum(real_tokens(plan.groups[g]) for g in members)
+    for name, run in runs.items():
+      start, process = time.perf_counter(), time.process_time()
+      loss = run(number)
+      wall = time.perf_counter() - start
+      process = time.process_time() - process
+      counts = len(members), tokens, plan.slots_of(number), flops[name][number]
+      taken[name].append((loss, wall, process, *counts))
+  memory = peak_memory()
+  return {
+    name: Account(*np.array(rows).T, memory, peak_flops)
+    for name, rows in taken.items()
+  }
 
 
 def bench(options):
-  """Runs one measurement; returns its Account and the plan."""
+  """Measures each of `options.reference`: ({reference: Account}, plan)."""
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-  model_config = model_shape(options.shape)
+  model_config = dataclasses.replace(
+    model_shape(options.shape), dtype=options.dtype, remat=options.remat
+  )
   groups = load_groups(options, model_config)
   plan = batches.training_plan(
     groups,
     seed=0,
-    num_steps=options.steps + 1,
+    num_steps=epoch_steps(groups, options),
     batch_size=options.batch_size,
     row_length=options.row_length,
     multiple=sharding.row_shards(mesh),
     window=model_config.window,
   )
   with sharding.use(mesh):
-    run = make_run(
-      model_config,
-      random_parameters(model_config, mesh),
-      None,
-      plan,
-      mesh,
-      reference=options.reference,
-      batch_size=options.batch_size,
-      chunk=options.chunk * sharding.row_shards(mesh),
-    )
-    account = measure(
-      run,
-      plan,
-      flops=useful_flops(model_config, plan, reference=options.reference),
-      peak_flops=accounting.measured_peak(mesh, model_config.dtype),
-    )
-    return account, plan
+    runs, flops = {}, {}
+    for reference in options.reference:
+      runs[reference] = make_run(
+        model_config,
+        random_parameters(model_config, mesh),
+        None,
+        plan,
+        mesh,
+        reference=reference,
+        batch_size=options.batch_size,
+        chunk=options.chunk,
+      )
+      runs[reference](0)
+      flops[reference] = useful_flops(model_config, plan, reference=reference)
+    peak_flops = accounting.measured_peak(mesh, model_config.dtype)
+    tracing = contextlib.nullcontext()
+    if options.trace:
+      tracing = jax.profiler.trace(options.trace)
+    with tracing:
+      accounts = measure(
+        runs, plan, options.steps, flops=flops, peak_flops=peak_flops
+      )
+    return accounts, plan
 
 
 def add_arguments(add):
@@ -403,7 +437,9 @@ def add_arguments(add):
   add('--batch_size', type=int, default=16, help='pairs a step')
   add('--steps', type=int, default=5, help='timed, after a first one')
   add('--row_length', type=int, default=1024, help='slots of a row')
-  add('--chunk', type=int, default=512, help='scored tokens with logits')
+  add('--chunk', type=int, default=256, help='scored tokens with logits')
+  add('--dtype', choices=transformer.DTYPES[:2], default='float32')
+  add('--remat', choices=transformer.REMATS, default='none')
 
 
 def main():
@@ -411,13 +447,27 @@ def main():
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   add_arguments(parser.add_argument)
-  parser.add_argument('--reference', choices=REFERENCES, default='frozen')
+  add = parser.add_argument
+  add(
+    '--reference',
+    choices=REFERENCES,
+    nargs='+',
+    default=['frozen'],
+    help='several take turns, and the peak memory is that of all together',
+  )
+  add('--trace', default='', help='folder for a trace of jax.profiler')
   options = parser.parse_args()
-  account, plan = bench(options)
+  accounts, plan = bench(options)
   print(f'{jax.devices()[0].device_kind} x {jax.device_count()}, jax', end=' ')
-  print(f'{jax.__version__}, {options.shape}, reference {options.reference}')
+  print(f'{jax.__version__}, {options.shape}, {options.dtype}')
   print(plan.summary())
-  print(account)
+  first = accounts[options.reference[0]]
+  for reference, account in accounts.items():
+    print(f'reference {reference}')
+    print(account)
+    if account is not first:
+      ratio = np.median(first.process / account.process)
+      print(f'{"times as fast":18} {ratio:.3f} (process s, median over steps)')
 
 
 if __name__ == '__main__':

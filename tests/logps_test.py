@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from dpo_jax import attention
 from dpo_jax import logps
+from dpo_jax import sharding
 
 R, S, D, V = 3, 10, 8, 60
 # Logits have a standard deviation of 3.
@@ -62,6 +65,50 @@ def test_chunked_equals_naive_in_value_and_gradient(chunk, cap):
     strict=True,
   ):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('block', [7, 9, 20, 59])
+def test_blocks_of_the_vocabulary_change_nothing(block, monkeypatch):
+  monkeypatch.setattr(logps, '_BLOCK', block)
+  hidden, unembed, target, weight = arrays()
+  ours = functools.partial(logps.token_logps, chunk=8, cap=4.0)
+  expected = functools.partial(naive, cap=4.0)
+  for found, other in zip(
+    values_and_grads(ours, hidden, unembed, target, weight),
+    values_and_grads(expected, hidden, unembed, target, weight),
+    strict=True,
+  ):
+    np.testing.assert_allclose(found, other, atol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', [(4, 2, 1), (2, 2, 2), (1, 2, 4), (1, 8, 1)])
+def test_devices_make_lists_of_their_own(sizes, monkeypatch):
+  monkeypatch.setattr(logps, '_BLOCK', 20)
+  mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes)))
+  keys = jax.random.split(jax.random.key(1), 4)
+  hidden = jax.random.normal(keys[0], (16, S, D))
+  unembed = jax.random.normal(keys[1], (V, D))
+  target = jax.random.randint(keys[2], (16, S), -V // 2, V)
+  weight = jax.random.normal(keys[3], (16, S))
+  real = target >= 0
+  assert len(set(np.asarray(real.reshape(2, -1).sum(1)))) == 2  # uneven lists
+
+  def function(hidden, unembed, target):
+    ours = logps.token_logps(hidden, unembed, target, 12, cap=None)
+    return jnp.where(target < 0, 0.0, ours)
+
+  def expected(hidden, unembed, target):
+    return jnp.where(real, naive(hidden, unembed, target), 0.0)
+
+  apart = values_and_grads(expected, hidden, unembed, target, weight)
+  with sharding.use(mesh):
+    rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+    words = NamedSharding(mesh, PartitionSpec('tensor', 'fsdp'))
+    hidden, target, weight = jax.device_put((hidden, target, weight), rows)
+    unembed = jax.device_put(unembed, words)
+    ours = values_and_grads(function, hidden, unembed, target, weight)
+  for found, other in zip(ours, apart, strict=True):
+    np.testing.assert_allclose(found, other, atol=1e-5)
 
 
 def test_extreme_logits_stay_finite():

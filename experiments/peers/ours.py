@@ -9,7 +9,7 @@ from experiments.peers import protocol
 
 
 def main():
-  steps = protocol.Steps('jax', 'flax', 'optax')
+  steps = protocol.Steps('jax', 'flax', 'optax', memory=bench_step.peak_memory)
   folder, task, _ = protocol.arguments()
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   groups, numbers = [], []
@@ -27,8 +27,8 @@ def main():
       model = settings.Settings(
         dict(
           source=str(folder / part),
-          dtype='float32',
-          remat='none',
+          dtype=task['dtype'],
+          remat=task['remat'],
           scan_unroll=1,
         )
       )
@@ -51,7 +51,7 @@ def main():
       chunk=task['chunk'],
     )
     steps.begin()
-    for number in range(plan.num_steps):
+    for number in range(task['timed'] + 1):
       steps.end(run(number))
 
 

@@ -62,7 +62,7 @@ def main():
     policy.parameters(), lr=task['learning_rate'], weight_decay=0.0
   )
   steps.begin()
-  for pairs in task['steps']:
+  for pairs in task['steps'][: task['timed'] + 1]:
     total = 0.0
     for start in range(0, len(pairs), micro):
       inputs = batch(pairs[start : start + micro])

@@ -3,13 +3,14 @@
     python -m experiments.peers.NAME FOLDER --micro=N
 
 FOLDER has `policy/` and `ref/`, Hugging Face checkpoints, and `task.json`: the
-settings and `steps`, of each the pairs, of each the tokens of `prompt`,
-`chosen` and `rejected`. A peer builds what it needs and says which versions it
-has. Told a number on its standard input it does so many steps and answers with
-their losses (of the parameters before the step), the process and clock seconds
-of all of them together and its peak memory. A peer that has ended a step calls
-`Steps.end`, which returns when the next one is due, so anybody's own training
-loop can be stopped between two steps.
+settings and `steps` of an epoch, of each the pairs, of each the tokens of
+`prompt`, `chosen` and `rejected`; `timed` and one of them are asked for. A peer
+builds what it needs and says which versions it has. Told a number on its
+standard input it does so many steps and answers with their losses (of the
+parameters before the step), the process and clock seconds of all of them
+together and its peak memory. A peer that has ended a step calls `Steps.end`,
+which returns when the next one is due, so anybody's own training loop can be
+stopped between two steps.
 """
 
 import argparse
@@ -42,11 +43,12 @@ def arguments():
 class Steps:
   """The benchmark's end of the conversation, seen from a training loop."""
 
-  def __init__(self, *packages):
+  def __init__(self, *packages, memory=peak_memory):
+    """Names packages whose versions count; `memory()` is the peak in bytes."""
     # Whatever else a library prints must not be taken for an answer.
     self._out = os.fdopen(os.dup(sys.stdout.fileno()), 'w')
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    self._packages = packages
+    self._packages, self._memory = packages, memory
     self._left = 0
 
   def begin(self):
@@ -66,7 +68,7 @@ class Steps:
           'losses': self._losses,
           'process': time.process_time() - self._process,
           'wall': time.perf_counter() - self._wall,
-          'peak_memory': peak_memory(),
+          'peak_memory': self._memory(),
         }
       )
 

@@ -2,9 +2,10 @@
 
     python3 -m venv trl && trl/bin/pip install torch trl
 
-Its defaults (a batch is padded to its own longest sequence), in float32 and
-without activation checkpointing, which costs time to save memory, and without
-`padding_free`, which TRL 1.16 ignores. Tokens are given to it as they are.
+Its defaults (a batch is padded to its own longest sequence), without activation
+checkpointing, which costs time to save memory, unless `--remat=full` asks us
+for it too, and without `padding_free`, which TRL 1.16 ignores. Tokens are given
+to it as they are.
 """
 
 import tempfile
@@ -64,11 +65,13 @@ def make_tokenizer():
 
 def main():
   torch.set_num_threads(1)
-  steps = protocol.Steps('trl', 'transformers', 'torch')
   folder, task, micro = protocol.arguments()
+  cpu = task['platform'] == 'cpu'
+  memory = protocol.peak_memory if cpu else torch.cuda.max_memory_allocated
+  steps = protocol.Steps('trl', 'transformers', 'torch', memory=memory)
   policy, ref = (
     transformers.AutoModelForCausalLM.from_pretrained(
-      folder / part, dtype=torch.float32
+      folder / part, dtype=torch.float32, attn_implementation='sdpa'
     )
     for part in ('policy', 'ref')
   )
@@ -88,7 +91,7 @@ def main():
         output_dir=output,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=task['batch_size'] // micro,
-        max_steps=len(task['steps']),
+        max_steps=task['timed'] + 1,
         learning_rate=task['learning_rate'],
         lr_scheduler_type='constant',
         optim='adamw_torch',
@@ -96,9 +99,9 @@ def main():
         max_grad_norm=task['clip_norm'],
         beta=task['beta'],
         max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
+        gradient_checkpointing=task['remat'] == 'full',
+        bf16=task['dtype'] == 'bfloat16',
+        use_cpu=cpu,
         logging_strategy='no',
         save_strategy='no',
         report_to='none',

@@ -83,7 +83,8 @@ def main():
   steps = protocol.Steps('google-tunix', 'jax', 'flax')
   folder, task, micro = protocol.arguments()
   mesh = jax.make_mesh((1, 1), ('fsdp', 'tp'), axis_types=(AxisType.Auto,) * 2)
-  every = [pair for pairs in task['steps'] for pair in pairs]
+  asked = task['steps'][: task['timed'] + 1]
+  every = [pair for pairs in asked for pair in pairs]
   prompt = max(len(pair['prompt']) for pair in every)
   response = max(
     len(pair[part]) for pair in every for part in ('chosen', 'rejected')
@@ -94,7 +95,7 @@ def main():
       **padded(pairs[i : i + micro], 'chosen', response, left=False),
       **padded(pairs[i : i + micro], 'rejected', response, left=False),
     )
-    for pairs in task['steps']
+    for pairs in asked
     for i in range(0, len(pairs), micro)
   ]
   with mesh:
@@ -108,7 +109,7 @@ def main():
       training_config=dpo_trainer.DPOTrainingConfig(
         beta=task['beta'],
         eval_every_n_steps=10**9,
-        max_steps=len(task['steps']),
+        max_steps=len(asked),
         gradient_accumulation_steps=task['batch_size'] // micro,
         max_inflight_computations=1,
       ),
