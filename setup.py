@@ -31,7 +31,8 @@ setuptools.setup(
     'vaderSentiment>=3.3.2',
   ],
   extras_require={
-    'test': ['pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.17,<0.18']
+    'test': ['pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.17,<0.18'],
+    'tpu': ['jax[tpu]>=0.10'],  # with the libtpu that it was made for
   },
   entry_points={'console_scripts': ['dpo-jax = dpo_jax.main:run']},
 )

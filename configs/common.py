@@ -9,31 +9,13 @@ import ml_collections
 from dpo_jax import names
 from dpo_jax import optim
 from dpo_jax.losses import table
+from dpo_jax.models import presets
 
-# With the names of `presets.MODELS`, whose shapes they have.
+# Published models, and tiny ones: two layers, random weights, byte tokenizer,
+# seconds on a CPU.
 MODELS = {
-  'gpt2': dict(source='hf:openai-community/gpt2'),
-  'gpt2-large': dict(source='hf:openai-community/gpt2-large'),
-  'pythia-1.4b': dict(source='hf:EleutherAI/pythia-1.4b'),
-  'pythia-2.8b': dict(source='hf:EleutherAI/pythia-2.8b'),
-  'pythia-6.9b': dict(source='hf:EleutherAI/pythia-6.9b'),
-  # Instruct, from the package index; see `policies.PACKAGES`.
-  'smollm2-135m': dict(source='smollm2-135m'),
-  'smollm2-360m': dict(source='hf:HuggingFaceTB/SmolLM2-360M'),
-  'smollm2-1.7b': dict(source='hf:HuggingFaceTB/SmolLM2-1.7B'),
-  'llama2-7b': dict(source='hf:meta-llama/Llama-2-7b-hf'),
-  'llama3.1-8b': dict(source='hf:meta-llama/Llama-3.1-8B'),
-  'llama3.2-1b': dict(source='hf:meta-llama/Llama-3.2-1B'),
-  'mistral-7b': dict(source='hf:mistralai/Mistral-7B-v0.1'),
-  'qwen2.5-0.5b': dict(source='hf:Qwen/Qwen2.5-0.5B'),
-  'qwen3-0.6b': dict(source='hf:Qwen/Qwen3-0.6B'),
-  'qwen3-4b': dict(source='hf:Qwen/Qwen3-4B'),
-  'gemma-2-2b': dict(source='hf:google/gemma-2-2b'),
-  'gemma-3-1b': dict(source='hf:google/gemma-3-1b-pt'),
-  # Two layers, random weights, byte tokenizer: seconds on a CPU.
-  'debug-llama': dict(source='debug-llama'),
-  'debug-gpt2': dict(source='debug-gpt2'),
-}
+  name: dict(source=source) for name, source in presets.SOURCES.items()
+} | {name: dict(source=name) for name in presets.DEBUG}
 
 # task: a builder of dpo_jax.data.builders. subsets: of HH, or file names
 # without suffix; () is all. prompt_words: words of an IMDb review that are
@@ -141,7 +123,9 @@ def training(arg):
   # config.model.source may also be a Hugging Face folder, a .gguf file,
   # hf:OWNER/NAME[@REVISION], or random:NAME: a name above, untrained
   config.model.dtype = 'auto'  # auto: float32 on CPU, bfloat16 elsewhere
-  config.model.remat = 'none'  # full: recompute layers, less memory, slower
+  # What the backward pass recomputes: none; dots: all but products of matrices,
+  # much less memory for little work; full: whole layers, the least memory.
+  config.model.remat = 'none'
   config.model.scan_unroll = 1  # layers per iteration of the layer loop
 
   config.adapter = pick(ADAPTERS, 'adapter', arg['adapter'])

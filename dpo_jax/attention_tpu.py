@@ -63,6 +63,29 @@ def tile_ranges(first_BI, count_BI, num_blocks):
   return first_BJ.astype(jnp.int32), count_BJ.astype(jnp.int32)
 
 
+# Name of a kernel -> products of matrices for a tile and a block that meet, and
+# whether it goes through the tiles of a block of keys.
+PRODUCTS = {
+  'interval_attention': (2, False),
+  'interval_attention_dquery': (3, False),
+  'interval_attention_dkey': (4, True),
+}
+
+
+def meetings(lo_BT, hi_BT, *, group):
+  """Returns how many pairs of tile and block the kernels compute, of a head.
+
+  First with tiles outside, then with blocks outside, as integers.
+  """
+  block_q, block_k = block_sizes(group)
+  lo_BIR, hi_BIR = (
+    blocks.bounds(jnp.asarray(x), group, block_q) for x in (lo_BT, hi_BT)
+  )
+  first_BI, count_BI = blocks.key_ranges(lo_BIR, hi_BIR, block_k)
+  by_key = tile_ranges(first_BI, count_BI, -(-lo_BT.shape[1] // block_k))
+  return int(count_BI.sum()), int(by_key[1].sum())
+
+
 def _step(first, count):
   """Returns (number of the block that this step fetches, whether it counts).
 

@@ -138,11 +138,12 @@ def package_member(
   return path
 
 
-def hub_folder(name: str) -> pathlib.Path:
+def hub_folder(name: str, files=None) -> pathlib.Path:
   """Returns a local copy of a model of the Hugging Face Hub.
 
-  `name` is OWNER/NAME or OWNER/NAME@REVISION. Only what a model is loaded from
-  is fetched, into the Hub's own cache, where other tools find it too.
+  `name` is OWNER/NAME or OWNER/NAME@REVISION. Only `files`, or what a model is
+  loaded from, are fetched, into the Hub's own cache, where other tools find
+  them too.
   """
   # Only who asks for the Hub waits for the import.
   import huggingface_hub
@@ -154,7 +155,7 @@ def hub_folder(name: str) -> pathlib.Path:
     )
   try:
     folder = huggingface_hub.snapshot_download(
-      repository, revision=revision or None, allow_patterns=_HUB_FILES
+      repository, revision=revision or None, allow_patterns=files or _HUB_FILES
     )
   # OSError, ValueError and httpx's errors: the library's kinds change.
   except Exception as error:

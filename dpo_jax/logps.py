@@ -49,7 +49,7 @@ def _listed(x):
   return nn.with_logical_constraint(x, ('rows',) + (None,) * (x.ndim - 1))
 
 
-def _chunk_size(tokens, chunk):
+def chunk_size(tokens, chunk):
   """C: as many of `tokens` as give even chunks of at most `chunk`."""
   return math.ceil(tokens / max(math.ceil(tokens / chunk), 1)) or 1
 
@@ -66,7 +66,7 @@ class _Scored:
   def __init__(self, target_RS, chunk):
     self._shape = target_RS.shape
     real_LN = _listed(target_RS >= 0)
-    self.chunk = _chunk_size(real_LN.shape[1], chunk)
+    self.chunk = chunk_size(real_LN.shape[1], chunk)
     self._order_LN = jnp.argsort(~real_LN, axis=1, stable=True)
     self._place_LN = jnp.maximum(jnp.cumsum(real_LN, axis=1) - 1, 0)
     self._real_RS = target_RS >= 0
@@ -367,7 +367,7 @@ def token_kls(
   def chunks(hidden_RSD):
     hidden_LND = _listed(hidden_RSD)
     L, N, D = hidden_LND.shape
-    C = _chunk_size(N, chunk)
+    C = chunk_size(N, chunk)
     return jnp.moveaxis(_pad(hidden_LND, C).reshape(L, -1, C, D), 1, 0)
 
   inputs = (chunks(p_hidden_RSD), chunks(q_hidden_RSD))

@@ -2,6 +2,8 @@
 
 Verbs:
   prepare  read, split and tokenize the data; show what was kept, and why not
+  compile  compile the training step for a TPU slice that is not there, by
+           --topology, and show what it needs and costs (`compilations`)
   train    train, or go on training, in --workdir
   sample   continue --prompt with the policy of --workdir (or model.source)
   eval     measure the policy of --workdir (or model.source)
@@ -26,6 +28,7 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from dpo_jax import compilations
 from dpo_jax import conversions
 from dpo_jax import evaluators
 from dpo_jax import exports
@@ -79,6 +82,15 @@ CHECKPOINT = flags.DEFINE_string(
   'checkpoint',
   'newest',
   'eval, sample, convert: of a run; newest, best, a step.',
+)
+TOPOLOGY = flags.DEFINE_string(
+  'topology', None, 'compile: TPU slice, such as v5e:16x16 or v5e-256.'
+)
+LENGTHS = flags.DEFINE_list(
+  'lengths',
+  [],
+  'compile: tokens of a prompt and of its responses; default: the most that the'
+  ' config allows.',
 )
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'sample: text to continue.')
 
@@ -151,6 +163,21 @@ def evaluate(config, workdir):
   print(json.dumps({'step': step, **values}, indent=2))
 
 
+def compile_step(config, workdir):
+  """Compiles the training step for --topology and shows what it costs."""
+  del workdir  # nothing is written
+  if not TOPOLOGY.value:
+    raise ValueError(
+      'compile needs the name of a TPU slice; add --topology=v5e-256, say'
+    )
+  if not all(text.isdigit() for text in LENGTHS.value):
+    raise ValueError(f'--lengths are numbers, got {",".join(LENGTHS.value)}')
+  # Devices that are here are of no use, and may be busy.
+  jax.config.update('jax_platforms', 'cpu')
+  lengths = tuple(map(int, LENGTHS.value))
+  print(compilations.prove(config, TOPOLOGY.value, lengths=lengths))
+
+
 def train_and_print(config, workdir):
   """Trains in `workdir`."""
   print(json.dumps(config.as_dict(), indent=2))
@@ -193,6 +220,7 @@ def _needed(workdir):
 
 VERBS = {
   'prepare': prepare,
+  'compile': compile_step,
   'train': train_and_print,
   'sample': sample,
   'eval': evaluate,

@@ -5,6 +5,7 @@ import pathlib
 import zlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -88,6 +89,71 @@ def open_policy(config, mesh, *, workdir='', which='newest'):
     _, items = workdirs.restore(saved, {'params': trained}, which=which)
     trained = items['params']
   return Policy(model_config, tokenizer, trained, base, scale)
+
+
+def abstract_policy(config, mesh):
+  """Returns the Policy of `open_policy` with shapes in the place of weights.
+
+  Nothing but a config.json is read. `dtype` 'auto' is that of accelerators.
+  """
+  dtype = config.model.dtype
+  model_config = dataclasses.replace(
+    model_shape(config.model.source),
+    dtype='bfloat16' if dtype == 'auto' else dtype,
+    remat=config.model.remat,
+    scan_unroll=config.model.scan_unroll,
+  )
+  boxed = jax.eval_shape(
+    lambda: transformer.init_params(model_config, jax.random.key(0))
+  )
+  params = sharding.abstract(
+    nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
+  )
+  section = dict(config.adapter)
+  if section['kind'] == 'peft':
+    raise ValueError(
+      "what is to be compiled has no weights, and PEFT's folder is of weights;"
+      ' choose adapter=lora, of the same rank and targets, behind the colon'
+    )
+  if section['kind'] == 'none':
+    return Policy(model_config, None, params, None, 1.0)
+  adapter, how = None, None
+
+  def new_adapter():
+    nonlocal how
+    tree, how = open_adapter(section, model_config, key=jax.random.key(0))
+    return tree
+
+  adapter = jax.eval_shape(new_adapter)
+  boxed = lora.boxed(model_config, adapter)
+  trained = sharding.abstract(
+    adapter, sharding.parameter_shardings(boxed, mesh)
+  )
+  base = sharding.abstract(
+    jax.eval_shape(
+      lambda tree: transformer.cast(tree, model_config.dtype), params
+    ),
+    jax.tree.map(lambda x: x.sharding, params),
+  )
+  return Policy(model_config, None, trained, base, how.scale)
+
+
+def model_shape(source):
+  """Returns the TransformerConfig of a source without reading its weights."""
+  source = str(source)
+  published = presets.SOURCES | {name: name for name in presets.DEBUG}
+  names_of = {address: name for name, address in published.items()}
+  name = source.removeprefix('random:')
+  name = names_of.get(source.partition('@')[0], name)
+  if name in presets.MODELS or name in presets.DEBUG:
+    return (presets.MODELS | presets.DEBUG)[name]
+  if source.startswith('hf:'):
+    folder = fetch.hub_folder(source.removeprefix('hf:'), ['config.json'])
+    return families.config_from_hf(weights.read_json(folder / 'config.json'))
+  path = pathlib.Path(source).expanduser()
+  if path.is_dir():
+    return families.config_from_hf(weights.read_json(path / 'config.json'))
+  return open_source(source).config
 
 
 def open_adapter(section, model_config, *, key):

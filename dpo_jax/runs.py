@@ -55,9 +55,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   # --------------------------------------------------------------- sizes ----
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
-  if config.logps_chunk < 1:
-    raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
-  chunk = config.logps_chunk
+  chunk = head_chunk(config)
 
   # ---------------------------------------------------------------- loss ----
   terms = bind_losses(config)
@@ -103,9 +101,11 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         )
   start_ref = None  # cached: the weights leave memory, samples have no KL
   if mode == 'frozen' or (mode != 'cached' and config.eval.samples.num_prompts):
-    # An adapter stays in float32: its scale is multiplied in before a cast.
-    dtype = 'float32' if policy.base is not None else model_config.dtype
-    start_ref = _copied(policies.start(policy), dtype)
+    start = policies.start(policy)
+    start_ref = jax.jit(
+      lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy),
+      out_shardings=jax.tree.map(lambda x: x.sharding, start),
+    )(start)
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(
@@ -168,11 +168,20 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   )
 
 
-def _copied(tree, dtype):
-  """Copies weights in the dtype they are used in; the step donates its own."""
-  return jax.jit(
-    lambda tree: transformer.cast(jax.tree.map(jnp.copy, tree), dtype)
-  )(tree)
+def head_chunk(config):
+  """Returns how many scored tokens of a device have logits at one time."""
+  if config.logps_chunk < 1:
+    raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
+  return config.logps_chunk
+
+
+def frozen_copy(tree, policy):
+  """Casts what is to be the reference to the dtype that it is used in.
+
+  An adapter stays in float32: its scale is multiplied in before a cast.
+  """
+  dtype = 'float32' if policy.base is not None else policy.config.dtype
+  return transformer.cast(tree, dtype)
 
 
 def bind_losses(config):

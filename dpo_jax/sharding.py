@@ -1,6 +1,8 @@
 """Which device holds what: one mesh, one table from logical to mesh axes."""
 
 import contextlib
+import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -31,22 +33,32 @@ ACTIVATION_RULES = tuple(
 )
 
 
-def make_mesh(*, data, fsdp, tensor):
-  """Returns a mesh over all devices; one size may be -1 for "the rest"."""
+def make_mesh(*, data, fsdp, tensor, devices=None):
+  """Returns a mesh over `devices`, or all; one size may be -1, the rest."""
   sizes = [data, fsdp, tensor]
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   known = int(np.prod([size for size in sizes if size != -1]))
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(
       f'mesh {dict(zip(AXES, sizes))}: sizes are positive, one may be -1'
     )
   sizes = [count // known if size == -1 else size for size in sizes]
-  if int(np.prod(sizes)) != count:
+  named = dict(zip(AXES, sizes))
+  if math.prod(sizes) != count:
     raise ValueError(
-      f'mesh {dict(zip(AXES, sizes))} has {int(np.prod(sizes))} places for'
-      f' {count} devices; set one axis to -1'
+      f'mesh {named} has {math.prod(sizes)} places for {count} devices; set one'
+      ' axis to -1'
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  try:
+    return jax.make_mesh(
+      sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+  except NotImplementedError as error:  # axes must be products of the torus'
+    raise ValueError(
+      f'mesh {named} cannot be laid along the axes of this torus; choose sizes'
+      ' that are products of its sides, such as one axis of all devices'
+    ) from error
 
 
 @contextlib.contextmanager
@@ -77,10 +89,68 @@ def check_batch_size(name, batch_size, mesh, *, parts=1):
     )
 
 
+# --- Parameters ---------------------------------------------------------------
+
+
 def parameter_shardings(boxed_params, mesh):
-  """Maps parameters boxed with logical axes to NamedShardings (unboxed)."""
+  """Maps parameters boxed with logical axes to NamedShardings (unboxed).
+
+  Every axis of every parameter must be in the table, and every mesh axis must
+  divide what it cuts. Padding instead would be one more length of the heads or
+  of the vocabulary for whoever reads a parameter to know; and what pads a
+  vocabulary must be kept out of every normalizer.
+  """
+  boxes = jax.tree_util.tree_leaves_with_path(
+    boxed_params, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+  )
+  known = dict(RULES)
+  sizes = {}  # mesh axis -> {(logical axis, size): a parameter}
+  for path, box in boxes:
+    name = _name(path)
+    if not isinstance(box, nn.LogicallyPartitioned):
+      raise ValueError(
+        f'parameter {name} has no logical axes; declare it with'
+        ' nn.with_logical_partitioning'
+      )
+    for axis, size in zip(box.names, box.value.shape):
+      if axis not in known:
+        raise ValueError(
+          f'axis {axis!r} of parameter {name} is not in sharding.RULES; add it'
+          ' there, with the mesh axis that cuts it or None'
+        )
+      if known[axis]:
+        sizes.setdefault(known[axis], {})[axis, size] = name
+  for mesh_axis, found in sizes.items():
+    _check_divides(mesh_axis, mesh.shape[mesh_axis], found)
   specs = nn.get_partition_spec(boxed_params)
   return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+
+
+def _check_divides(mesh_axis, shards, found):
+  uneven = {pair: name for pair, name in found.items() if pair[1] % shards}
+  if not uneven:
+    return
+  (axis, size), name = next(iter(uneven.items()))
+  common = functools.reduce(math.gcd, (size for _, size in found))
+  fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+  if len(fitting) > 12:
+    fitting = [*fitting[:11], '...', fitting[-1]]
+  fix = f'sizes that fit this model: {", ".join(fitting)}'
+  if common == 1:
+    fix = f'this model takes mesh.{mesh_axis}=1 only'
+  raise ValueError(
+    f'mesh.{mesh_axis} {shards} does not divide the {size} of axis {axis!r} of'
+    f' {name}; {fix}'
+  )
+
+
+def abstract(tree, shardings):
+  """Returns the shapes of `tree`, placed: what stands for arrays not there."""
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    tree,
+    shardings,
+  )
 
 
 def replicated(mesh):
@@ -88,7 +158,8 @@ def replicated(mesh):
   return NamedSharding(mesh, PartitionSpec())
 
 
-def _rows(mesh):
+def of_rows(mesh):
+  """Sharding of the arrays of a batch, by row."""
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
@@ -97,7 +168,7 @@ def own_rows(count, mesh):
 
   Processes share rows where a tensor axis goes across them.
   """
-  spans = _rows(mesh).addressable_devices_indices_map((count,)).values()
+  spans = of_rows(mesh).addressable_devices_indices_map((count,)).values()
   return sorted({row for (span,) in spans for row in range(count)[span]})
 
 
@@ -108,7 +179,7 @@ def put_rows(batch, mesh, *, count):
   """
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(
-      _rows(mesh), x, (count, *x.shape[1:])
+      of_rows(mesh), x, (count, *x.shape[1:])
     ),
     batch,
   )
@@ -121,4 +192,69 @@ def put(array, sharding):
   """
   return jax.make_array_from_callback(
     array.shape, sharding, lambda index: array[index]
+  )
+
+
+# --- What lies where ----------------------------------------------------------
+
+
+def bytes_per_device(tree):
+  """Bytes of a tree on each device, without the padding of tiles."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+# Of a tree, parameters of less than this share of it are told together.
+_SMALL = 0.02
+
+
+def table(trees):
+  """Returns lines that say what lies where: {'trained': tree, ...}.
+
+  The largest parameters of the first tree one by one, then a line a tree.
+  """
+  first = jax.tree_util.tree_leaves_with_path(next(iter(trees.values())))
+  whole = sum(bytes_per_device(x) for _, x in first)
+  rows, small = [], []
+  for path, x in first:
+    if bytes_per_device(x) < _SMALL * whole:
+      small.append(x)
+      continue
+    shape = 'x'.join(map(str, x.shape))
+    rows.append((_name(path), shape, x.dtype.name, _spec(x), x))
+  if small:
+    rows.append(('the other', str(len(small)), '', '', small))
+  for name, tree in trees.items():
+    leaves = jax.tree.leaves(tree)
+    if leaves:
+      types = ', '.join(
+        sorted({x.dtype.name for x in leaves if x.ndim or len(leaves) == 1})
+      )
+      rows.append((name, f'{len(leaves)} arrays', types, '', tree))
+  cells = [
+    (*texts, f'{bytes_per_device(x) / 2**20:,.2f} MiB')
+    for *texts, x in [*rows, ('all', '', '', '', trees)]
+  ]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  mesh = jax.tree.leaves(trees)[0].sharding.mesh
+  sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
+  lines = [f'On each of {mesh.size} devices ({sizes}):']
+  for *texts, size in cells:
+    line = '  '.join(text.ljust(n) for text, n in zip(texts, widths))
+    lines.append(f'  {line}  {size.rjust(widths[-1])}')
+  return '\n'.join(lines)
+
+
+def _name(path):
+  return '/'.join(str(getattr(key, 'key', key)) for key in path)
+
+
+def _spec(x):
+  """'- fsdp tensor': the mesh axis that cuts each dimension."""
+  spec = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
+  return ' '.join(
+    '-' if axes is None else axes if isinstance(axes, str) else '+'.join(axes)
+    for axes in spec
   )

@@ -18,12 +18,12 @@ from dpo_jax import checkpoint
 from dpo_jax import evaluators
 from dpo_jax import fetch
 from dpo_jax import metrics
-from dpo_jax import optim
 from dpo_jax import processes
 from dpo_jax import ref_cache
 from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax import steps
+from dpo_jax import updates
 from dpo_jax import workdirs
 from dpo_jax.data import batches
 
@@ -132,9 +132,7 @@ def _train(config, workdir, mesh):
   policy, groups, ref_values = run.policy, run.groups, run.ref_values
   mode = config.reference.mode
   frozen = {'base': policy.base, 'ref': run.ref if mode == 'frozen' else None}
-  ema = None
-  if mode == 'ema':
-    ema = {'alpha': config.reference.alpha, 'every': config.reference.every}
+  ema = updates.moving_reference(config)
 
   # ------------------------------------------------- what each step sees ----
   plan = training_plan(
@@ -151,36 +149,11 @@ def _train(config, workdir, mesh):
   share_of_peak = make_share_of_peak(config, policy, plan.groups, mesh)
 
   # ----------------------------------------------------- optimizer, step ----
-  schedule = optim.learning_rate(
-    lr=config.optim.lr,
-    schedule=config.optim.schedule,
-    warmup_steps=config.optim.warmup_steps,
-    warmup_init=config.optim.warmup_init,
-    num_steps=num_steps,
+  update = updates.make(
+    config, policy, run.sums, run.first_memory, mesh, num_steps=num_steps
   )
-  tx = optim.make(
-    config.optim.name,
-    schedule,
-    clip_norm=config.optim.clip_norm,
-    keywords=dict(config.optim.keywords),
-  )
-  shapes = steps.state_shapes(
-    policy.trained, tx, ema=bool(ema), memory=run.first_memory
-  )
-  shardings = jax.tree.map(lambda x: x.sharding, shapes)
-  step = jax.jit(
-    steps.make_step(
-      run.sums,
-      tx,
-      schedule,
-      batch_size=config.batch_size,
-      accumulate=config.accumulate,
-      scale=policy.scale,
-      ema=ema,
-    ),
-    donate_argnums=0,
-    out_shardings=(shardings, sharding.replicated(mesh)),
-  )
+  tx, shapes, step = update.tx, update.shapes, update.step
+  tqdm.tqdm.write(update.table(frozen))
 
   # ------------------------------------------------------------- restore ----
   # 1 this workdir, 2 config.resume, 3 config.init, 4 model.source; the last

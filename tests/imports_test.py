@@ -30,6 +30,10 @@ MACHINE = {
   'digests',
   'optim',
   'checkpoint',
+  'compile_check',
+  'hlo',
+  'hlo_counts',
+  'topologies',
   'metrics',
   'weights',
   'adapters',
@@ -46,10 +50,11 @@ MIDDLE = {
   'steps',
   'policies',
   'conversions',
+  'updates',
 }
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
-LOOPS = {'train', 'online', 'main'}
+LOOPS = {'train', 'online', 'compilations', 'main'}
 HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections'}
 MATHS_FORBIDDEN = {
   'absl',

@@ -33,7 +33,7 @@ def loss_and_grads(config, params):
 @pytest.mark.parametrize('family', worlds.FAMILIES)
 @pytest.mark.parametrize(
   'change',
-  [{'remat': 'full'}, {'scan_unroll': 3}],
+  [{'remat': 'full'}, {'remat': 'dots'}, {'scan_unroll': 3}],
   ids=str,
 )
 def test_remat_and_unrolling_change_nothing(family, change):

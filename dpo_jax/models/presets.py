@@ -186,6 +186,17 @@ MODELS = {
     max_positions=4096,
     rope_theta=10000.0,
   ),
+  'llama2-70b': _llama(
+    vocab_size=32000,
+    d_model=8192,
+    num_layers=80,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=28672,
+    max_positions=4096,
+    rope_theta=10000.0,
+  ),
   'llama3.1-8b': _llama3(
     d_model=4096, num_layers=32, head_dim=128, d_ff=14336, factor=8.0
   ),
@@ -262,4 +273,27 @@ MODELS = {
     windowed=((True,) * 5 + (False,)) * 4 + (True,) * 2,
     qk_norm=True,
   ),
+}
+
+# name of MODELS -> where its weights are: what `model.source` may be.
+SOURCES = {
+  'gpt2': 'hf:openai-community/gpt2',
+  'gpt2-large': 'hf:openai-community/gpt2-large',
+  'pythia-1.4b': 'hf:EleutherAI/pythia-1.4b',
+  'pythia-2.8b': 'hf:EleutherAI/pythia-2.8b',
+  'pythia-6.9b': 'hf:EleutherAI/pythia-6.9b',
+  # Instruct, from the package index; see `policies.PACKAGES`.
+  'smollm2-135m': 'smollm2-135m',
+  'smollm2-360m': 'hf:HuggingFaceTB/SmolLM2-360M',
+  'smollm2-1.7b': 'hf:HuggingFaceTB/SmolLM2-1.7B',
+  'llama2-7b': 'hf:meta-llama/Llama-2-7b-hf',
+  'llama2-70b': 'hf:meta-llama/Llama-2-70b-hf',
+  'llama3.1-8b': 'hf:meta-llama/Llama-3.1-8B',
+  'llama3.2-1b': 'hf:meta-llama/Llama-3.2-1B',
+  'mistral-7b': 'hf:mistralai/Mistral-7B-v0.1',
+  'qwen2.5-0.5b': 'hf:Qwen/Qwen2.5-0.5B',
+  'qwen3-0.6b': 'hf:Qwen/Qwen3-0.6B',
+  'qwen3-4b': 'hf:Qwen/Qwen3-4B',
+  'gemma-2-2b': 'hf:google/gemma-2-2b',
+  'gemma-3-1b': 'hf:google/gemma-3-1b-pt',
 }

@@ -40,7 +40,13 @@ GATED_MLPS = {'swiglu': nn.silu, 'geglu': _gelu_tanh}
 PLAIN_MLPS = {'gelu': _gelu_tanh, 'gelu_exact': _gelu_exact}
 MLPS = (*GATED_MLPS, *PLAIN_MLPS)
 DTYPES = ('float32', 'bfloat16', 'float16')
-REMATS = ('none', 'full')
+# What the backward pass recomputes, and need not be kept: nothing; all but
+# products of matrices (norms, activations, attention); whole layers.
+REMATS = {
+  'none': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,7 @@ class TransformerConfig:
   attention_cap: float | None = None  # soft cap of scores (Gemma 2)
   logit_cap: float | None = None  # soft cap of logits, see `logps` (Gemma 2)
   dtype: str = 'float32'  # of the computation; parameters stay float32
-  remat: str = 'none'  # what the backward pass recomputes: 'full', whole layers
+  remat: str = 'none'  # what the backward pass recomputes, see REMATS
   scan_unroll: int = 1  # layers per iteration of the layer loop
 
   def __post_init__(self):
@@ -95,7 +101,7 @@ class TransformerConfig:
       ('norm', NORMS),
       ('positions', POSITIONS),
       ('mlp', MLPS),
-      ('remat', REMATS),
+      ('remat', tuple(REMATS)),
       ('rope_scaling', tuple(rotary.SCALINGS)),
     ]:
       if getattr(self, name) not in legal:
@@ -356,6 +362,7 @@ class Transformer(nn.Module):
     """
     cfg = self.config
     x_BTD = Embed(cfg, name='embed')(tokens_BT, positions_BT)
+    x_BTD = nn.with_logical_constraint(x_BTD, ('rows', 'time', 'embed'))
     ropes, los, windowed = (None, None), (lo_BT, lo_BT), None
     if cfg.positions == 'rotary':
       ropes = [
@@ -369,8 +376,8 @@ class Transformer(nn.Module):
       )
       los = (lo_BT, jnp.maximum(lo_BT, slot_T - cfg.window + 1))
     block = Block
-    if cfg.remat == 'full':
-      block = nn.remat(Block, prevent_cse=False)
+    if cfg.remat != 'none':
+      block = nn.remat(Block, prevent_cse=False, policy=REMATS[cfg.remat])
     layers = nn.scan(
       block,
       variable_axes={'params': 0, 'lora': 0},

@@ -1,0 +1,210 @@
+"""The table of docs/scaling.md: training steps compiled for TPU slices.
+
+    python -m experiments.compile_table             # all rows, then the table
+    python -m experiments.compile_table --row=6 9   # some, and the table
+
+needs the TPU's compiler (the extra `tpu`), no TPU. Every row is
+compiled in a process of its own, so that its memory is its own; a minute of two
+cores and 2 GiB each. What was found is kept in docs/compile_table.jsonl, from
+which the table in docs/scaling.md is written; `--render` does that alone.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+from configs import preference
+from dpo_jax import compilations
+from dpo_jax import settings
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / 'docs' / 'compile_table.jsonl'
+PAGE = ROOT / 'docs' / 'scaling.md'
+BEGIN, END = '<!-- compile_table -->', '<!-- /compile_table -->'
+
+_IMDB = (8, 124, 124)  # tokens of a prompt and its responses
+_LONGEST = ()  # that the config allows: 256 of each
+
+# (task, model, slice, pairs a step, mesh data and fsdp, other keys, lengths).
+ROWS = [
+  ('IMDb', 'gpt2-large', 'v5e-8', 128, (4, 2), {}, _IMDB),
+  ('IMDb', 'gpt2-large', 'v4-32', 256, (16, 1), {}, _IMDB),
+  ('HH', 'pythia-2.8b', 'v5e-8', 64, (1, 8), {'accumulate': 4}, _LONGEST),
+  ('HH', 'pythia-2.8b', 'v4-32', 64, (1, 16), {}, _LONGEST),
+  ('HH', 'pythia-6.9b', 'v5e-256', 512, (16, 16), {}, _LONGEST),
+  ('HH', 'pythia-6.9b', 'v5p-128', 512, (4, 16), {}, _LONGEST),
+  ('HH', 'pythia-6.9b', 'v6e-64', 256, (8, 8), {}, _LONGEST),
+  ('HH', 'llama2-7b', 'v5e-256', 512, (16, 16), {}, _LONGEST),
+  ('HH', 'llama2-7b', 'v5p-128', 512, (4, 16), {}, _LONGEST),
+  ('HH', 'llama2-7b', 'v6e-64', 256, (8, 8), {}, _LONGEST),
+  ('HH', 'llama2-70b', 'v5p-512', 512, (4, 64), {}, _LONGEST),
+  (
+    'HH',
+    'llama2-70b',
+    'v6e-256',
+    2048,
+    (1, 256),
+    {'model.remat': 'full'},
+    _LONGEST,
+  ),
+]
+
+
+def prove(number):
+  """Compiles a row; returns its record."""
+  task, model, name, pairs, (data, fsdp), keys, lengths = ROWS[number]
+  config = preference.get_config(f'data=hh,model={model}')
+  config.update_from_flattened_dict(
+    {
+      'batch_size': pairs,
+      'mesh.data': data,
+      'mesh.fsdp': fsdp,
+      'logps_chunk': 1024,
+      'model.remat': 'dots',
+    }
+    | keys
+  )
+  start = time.perf_counter()
+  proof = compilations.prove(
+    settings.Settings(config.to_dict()), name, lengths=lengths
+  )
+  print(proof, file=sys.stderr)
+  estimate, chips = proof.estimate, proof.topology.chips
+  return {
+    'row': number,
+    'task': task,
+    'model': model,
+    'slice': name,
+    'topology': str(proof.topology),
+    'chips': chips,
+    'mesh': proof.mesh,
+    'pairs': pairs,
+    'shape': list(proof.shape),
+    'remat': config.model.remat,
+    'accumulate': config.accumulate,
+    'needed': proof.needed,
+    'usable': proof.usable,
+    'place': proof.place,
+    'flops': proof.flops,
+    'kernel_flops': proof.kernel_flops,
+    'useful_flops': proof.useful / chips,
+    'collectives': {
+      kind: [traffic.count, traffic.payload, traffic.linked]
+      for kind, traffic in proof.account.collectives.items()
+    },
+    'matrix': estimate.matrix,
+    'memory': estimate.memory,
+    'links': estimate.links,
+    'compiler': estimate.compiler,
+    'at_best': estimate.at_best,
+    'at_worst': estimate.at_worst,
+    'mfu': [proof.mfu(estimate.at_best), proof.mfu(estimate.at_worst)],
+    'compile_seconds': proof.seconds,
+    'all_seconds': time.perf_counter() - start,
+    'peak_memory': proof.memory,
+  }
+
+
+def records():
+  """Returns the newest record of each row, in the order of ROWS."""
+  if not RESULTS.exists():
+    return []
+  lines = RESULTS.read_text().splitlines()
+  found = {record['row']: record for record in map(json.loads, lines)}
+  return [found[number] for number in sorted(found) if number < len(ROWS)]
+
+
+_SHORT = {
+  'all-gather': 'AG',
+  'reduce-scatter': 'RS',
+  'all-reduce': 'AR',
+  'all-to-all': 'A2A',
+  'collective-permute': 'P',
+}
+
+
+def _cells(record):
+  mesh = record['mesh']
+  traffic = ', '.join(
+    f'{_SHORT[kind]} {count:,.0f} ({payload / 1e9:.1f})'
+    for kind, (count, payload, _) in sorted(record['collectives'].items())
+    if payload >= 5e7
+  )
+  how = [f'remat {record["remat"]}']
+  if record['accumulate'] > 1:
+    how.append(f'accumulate {record["accumulate"]}')
+  return [
+    f'{record["model"]} ({record["task"]})',
+    f'{record["slice"]}, {record["chips"]} chips',
+    f'{mesh["data"]} x {mesh["fsdp"]} x {mesh["tensor"]}',
+    f'{record["pairs"]:,}',
+    ', '.join(how),
+    f'{record["needed"] / 2**30:.2f} / {record["usable"] / 2**30:.2f}',
+    f'{record["flops"] / 1e12:.1f} / {record["useful_flops"] / 1e12:.1f}',
+    traffic,
+    f'{record["matrix"]:.3f} / {record["memory"]:.3f} / {record["links"]:.3f}',
+    f'{record["compiler"]:.3f}',
+    f'{record["mfu"][1]:.2f} to {record["mfu"][0]:.2f}',
+    f'{record["compile_seconds"]:.0f} s, {record["peak_memory"] / 2**30:.1f}',
+  ]
+
+
+HEADINGS = [
+  'model',
+  'slice',
+  'mesh data x fsdp x tensor',
+  'pairs a step',
+  'how',
+  'GiB needed / usable',
+  'TFLOP a chip, computed / useful',
+  'collectives (GB)',
+  's by matrix unit / memory / links',
+  "s by compiler's cycles",
+  'useful share of peak',
+  'compiled in, GiB',
+]
+
+
+def render():
+  """Writes the table into docs/scaling.md."""
+  rows = [HEADINGS, ['---'] * len(HEADINGS), *map(_cells, records())]
+  table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+  text = PAGE.read_text()
+  before, rest = text.split(BEGIN)
+  _, after = rest.split(END)
+  PAGE.write_text(f'{before}{BEGIN}\n{table}\n{END}{after}')
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('--row', type=int, nargs='+', help='numbers of ROWS')
+  parser.add_argument('--render', action='store_true', help='only the table')
+  parser.add_argument('--inside', type=int, help=argparse.SUPPRESS)
+  options = parser.parse_args()
+  if options.inside is not None:
+    print(json.dumps(prove(options.inside)))
+    return
+  if not options.render:
+    for number in options.row or range(len(ROWS)):
+      command = [sys.executable, '-m', 'experiments.compile_table']
+      done = subprocess.run(
+        [*command, f'--inside={number}'],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+      )
+      if done.returncode:
+        print(f'row {number} {ROWS[number][:3]} was not compiled')
+        continue
+      with RESULTS.open('a') as f:
+        f.write(done.stdout.splitlines()[-1] + '\n')
+  render()
+
+
+if __name__ == '__main__':
+  main()

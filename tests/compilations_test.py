@@ -1,0 +1,272 @@
+"""What is compiled ahead of time is what trains; mistakes are one line."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import preference
+from dpo_jax import accounting
+from dpo_jax import compilations
+from dpo_jax import compile_check
+from dpo_jax import policies
+from dpo_jax import settings
+from dpo_jax import topologies
+from dpo_jax import train
+from dpo_jax import updates
+from dpo_jax.models import presets
+from tests import main_test
+from tests import worlds
+
+GIB = 2**30
+
+
+@pytest.fixture
+def cpu_slice(monkeypatch):
+  """v5e-8 is the eight CPU devices, and needs no compiler for TPUs."""
+  monkeypatch.setattr(topologies, 'devices', lambda _: jax.devices())
+
+  def compile_here(lowered, chip):
+    del chip
+    return compile_check.Compiled(lowered.compile().as_text(), GIB, 1.0)
+
+  monkeypatch.setattr(compile_check, 'compile_for_tpu', compile_here)
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+  """Texts of all steps that are lowered, before any compiler saw them."""
+  texts, make = [], updates.make
+
+  class Recorded:
+    def __init__(self, step):
+      self._step = step
+
+    def lower(self, *args):
+      out = self._step.lower(*args)
+      texts.append(out.as_text())
+      return out
+
+  def recorded(*args, **keywords):
+    update = make(*args, **keywords)
+    return update._replace(step=Recorded(update.step))
+
+  monkeypatch.setattr(updates, 'make', recorded)
+  return texts
+
+
+def even_pairs(tmp_path):
+  """Pairs of 12 prompt, 4 chosen and 6 rejected bytes; each of these ends."""
+  return worlds.write_rows(
+    tmp_path,
+    [
+      {'prompt': f'question {i}: ', 'chosen': 'aeio', 'rejected': 'bcdfgh'}
+      for i in range(10, 30)
+    ],
+  )
+
+
+def config_of(tmp_path, arg='', **changes):
+  """A debug config, on `even_pairs`, that computes as a CPU would."""
+  config = preference.get_config(f'data=jsonl,debug{arg}')
+  config.data.source = str(even_pairs(tmp_path))
+  config.data.cache_dir = str(tmp_path / 'data')
+  config.data.row_length = 128
+  config.model.dtype = 'float32'
+  config.eval.samples.num_prompts = 0
+  config.update_from_flattened_dict(changes)
+  return settings.Settings(config.to_dict())
+
+
+@pytest.mark.parametrize(
+  'arg, changes',
+  [
+    ('', {'mesh.data': 2, 'mesh.fsdp': 4}),
+    (',adapter=lora', {}),
+    (',reference=ema,optim=adamw', {'accumulate': 2, 'batch_size': 16}),
+  ],
+)
+def test_the_step_compiled_ahead_is_the_one_that_trains(
+  tmp_path, cpu_slice, lowered, arg, changes
+):
+  del cpu_slice
+  config = config_of(tmp_path, arg, **changes)
+  train.train(config, tmp_path / 'run')
+  config = config_of(tmp_path, arg, **changes)
+  compilations.prove(config, 'v5e-8', lengths=(13, 5, 7))
+  trained, proven = lowered
+  assert trained == proven
+
+
+def test_a_proof_adds_up(tmp_path, cpu_slice):
+  del cpu_slice
+  config = config_of(
+    tmp_path, **{'mesh.data': 1, 'mesh.fsdp': 8, 'optim.name': 'rmsprop'}
+  )
+  proof = compilations.prove(config, 'v5e-8', lengths=(13, 7))
+  # Master weights and one moment, whole and in eight parts; a float32 copy.
+  parameters = sum(
+    x.size
+    for x in jax.tree.leaves(
+      policies.abstract_policy(
+        config, jax.make_mesh((1, 1, 1), ('data', 'fsdp', 'tensor'))
+      ).trained
+    )
+  )
+  assert proof.place['trained'] == 4 * parameters / 8
+  assert proof.place['reference'] == 4 * parameters / 8
+  assert proof.place['optimizer'] == pytest.approx(4 * parameters / 8, rel=1e-3)
+  work = accounting.Work(8 * 27, 8 * 14, 0, 0)
+  least = accounting.step_flops(presets.DEBUG['debug-llama'], work, live=True)
+  assert least < proof.useful < 1.2 * least
+  assert proof.flops > proof.useful / 8
+  assert proof.lengths == (13, 7, 7) and proof.pairs == 8
+  assert {'all-gather', 'all-reduce'} & set(proof.account.collectives)
+  seconds = proof.estimate
+  assert seconds.roofline <= seconds.at_best <= seconds.at_worst
+  assert proof.mfu(proof.useful / 8 / 197e12) == pytest.approx(1.0)
+  text = str(proof)
+  assert 'v5e:2x4 (v5e-8, 8 chips), mesh data 1 x fsdp 8 x tensor 1' in text
+  assert '8 groups of 13 prompt and 7, 7 response tokens' in text
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_helps(
+  tmp_path, cpu_slice, monkeypatch
+):
+  del cpu_slice
+
+  def too_large(lowered, chip):
+    del lowered
+    raise compile_check.DoesNotFitError(
+      chip.usable + 2 * GIB, chip.usable, 'the step needs 17.75 GiB'
+    )
+
+  monkeypatch.setattr(compile_check, 'compile_for_tpu', too_large)
+  with pytest.raises(compile_check.DoesNotFitError) as error:
+    compilations.prove(config_of(tmp_path), 'v5e-8', lengths=(13, 7))
+  for part in (
+    'on v5e:2x4 the step needs 17.75 GiB: 2.00 GiB too much',
+    'mesh.data=1 mesh.fsdp=-1',
+    'model.remat=dots',
+    'accumulate=2',
+    'reference=cached',
+    'adapter=lora',
+    'a larger slice',
+  ):
+    assert part in str(error.value)
+  turned = {
+    'mesh.data': 1,
+    'mesh.fsdp': 8,
+    'model.remat': 'full',
+    'logps_chunk': 512,
+  }
+  config = config_of(tmp_path, ',reference=cached', **turned)
+  with pytest.raises(compile_check.DoesNotFitError) as error:
+    compilations.prove(config, 'v5e-8', lengths=(13, 7))
+  for part in ('mesh.data', 'model.remat', 'reference=cached'):
+    assert part not in str(error.value)
+  assert 'logps_chunk=256' in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'changes, lengths, message',
+  [
+    ({'mesh.data': 16}, (), 'has 16 places for 8 devices'),
+    ({'batch_size': 12}, (), 'batch_size 12 is not divisible'),
+    ({'mesh.data': 2, 'mesh.tensor': 4}, (), 'takes mesh.tensor=1 only'),
+    ({'mesh.data': 2, 'mesh.fsdp': 4, 'accumulate': 3}, (), 'micro-batches'),
+    ({}, (4, 4, 4, 4), 'a group of pairs has a prompt and 2 responses'),
+    ({}, (100, 100), 'data.row_length is 128'),
+  ],
+)
+def test_what_no_slice_can_hold_is_refused(
+  tmp_path, cpu_slice, changes, lengths, message
+):
+  del cpu_slice
+  config = config_of(tmp_path, **changes)
+  with pytest.raises(ValueError, match=message) as error:
+    compilations.prove(config, 'v5e-8', lengths=lengths)
+  assert '\n' not in str(error.value)
+
+
+def test_shapes_are_known_without_weights(tmp_path):
+  assert policies.model_shape('random:gpt2') == presets.MODELS['gpt2']
+  assert policies.model_shape('debug-gpt2') == presets.DEBUG['debug-gpt2']
+  for name, source in presets.SOURCES.items():
+    assert policies.model_shape(source) == presets.MODELS[name]
+  pinned = 'hf:meta-llama/Llama-2-7b-hf@main'
+  assert policies.model_shape(pinned) == presets.MODELS['llama2-7b']
+  folder = tmp_path / 'shape'
+  folder.mkdir()
+  (folder / 'config.json').write_text(
+    '{"model_type": "llama", "vocab_size": 8, "hidden_size": 8,'
+    ' "num_hidden_layers": 1, "num_attention_heads": 2,'
+    ' "intermediate_size": 8, "hidden_act": "silu", "rms_norm_eps": 1e-5,'
+    ' "max_position_embeddings": 16, "tie_word_embeddings": true}'
+  )
+  assert policies.model_shape(folder).d_model == 8
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], 'add --topology='),
+    (['--topology=v5e-9'], "no topology 'v5e-9'"),
+    (['--topology=v5e-8', '--lengths=a'], '--lengths are numbers'),
+    (['--topology=v5e-8'], 'libtpu'),
+  ],
+)
+def test_mistakes_of_the_verb_end_in_one_clear_line(
+  tmp_path, arguments, message
+):
+  if message == 'libtpu':  # one that is too old stands before any other
+    info = tmp_path / 'libtpu-0.0.1.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text(
+      'Metadata-Version: 2.1\nName: libtpu\nVersion: 0.0.1\n'
+    )
+    message = 'libtpu 0.0.1 is installed, but this JAX was made for'
+  path = f'{tmp_path}{os.pathsep}{main_test.ROOT}'
+  result = subprocess.run(
+    [sys.executable, '-m', 'dpo_jax.main', 'compile', *arguments]
+    + ['--config=configs/preference.py:data=jsonl,debug'],
+    capture_output=True,
+    text=True,
+    cwd=main_test.ROOT,
+    env=os.environ | {'PYTHONPATH': path},
+    check=False,
+  )
+  assert result.returncode != 0
+  assert message in result.stderr, result.stderr
+  assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_a_tpu_that_is_not_there(tmp_path):
+  pytest.importorskip('libtpu', reason='no TPU compiler')
+  changes = {'mesh.data': 2, 'mesh.fsdp': 4, 'data.row_length': 256}
+  config = config_of(tmp_path, **changes, **{'model.dtype': 'bfloat16'})
+  proof = compilations.prove(config, 'v5e-8', lengths=(100, 50))
+  layers = 2
+  # Forward of policy and reference, once for each backward kernel.
+  assert proof.account.kernels == {
+    'interval_attention': 2 * layers,
+    'interval_attention_dquery': layers,
+    'interval_attention_dkey': layers,
+  }
+  assert 0 < proof.kernel_flops < proof.flops
+  assert sum(proof.place.values()) < proof.needed < 0.1 * GIB
+  assert proof.account.cycles > 0 and proof.account.data_loops
+  assert {'all-gather', 'all-reduce'} <= set(proof.account.collectives)
+
+
+@pytest.mark.slow
+def test_a_model_too_large_for_a_slice_is_refused_by_the_compiler():
+  pytest.importorskip('libtpu', reason='no TPU compiler')
+  config = preference.get_config('data=hh,model=llama2-7b')
+  config.mesh.data, config.mesh.fsdp = 1, 8
+  config.batch_size = 8
+  with pytest.raises(compile_check.DoesNotFitError, match='GiB too much'):
+    compilations.prove(settings.Settings(config.to_dict()), 'v5e-8')
