@@ -146,7 +146,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
 
   def evaluate(params, ref, memory):
     now = policy.variables(params)
-    began = None if start_ref is None else policy.variables(start_ref)
+    began = None if mode == 'cached' else policy.variables(start_ref)
     values, samples = {}, []
     if evaluate_heldout:
       against = began if ref is None else policy.variables(ref)
