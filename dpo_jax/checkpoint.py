@@ -204,8 +204,10 @@ def _attempt(folder, args):
 
 
 def _set_aside(folder):
-  aside = folder.with_name(f'{folder.name}.damaged')
-  shutil.rmtree(aside, ignore_errors=True)
+  aside, number = folder.with_name(f'{folder.name}.damaged'), 1
+  while aside.exists():  # nothing is removed
+    number += 1
+    aside = folder.with_name(f'{folder.name}.damaged{number}')
   folder.rename(aside)
   _tell(f'set it aside as {aside.name}')
 
@@ -248,16 +250,20 @@ def _best(values):
 
 
 class _Kept(ocp.checkpoint_managers.PreservationPolicy):
-  """The last n, and the best of those that were rated."""
+  """The last n, the best of those that were rated, and any of unknown rating.
 
-  def __init__(self, keep, values):
+  `values` and `unknown` may grow.
+  """
+
+  def __init__(self, keep, values, unknown):
     self._keep = keep
     self._values = values
+    self._unknown = unknown
 
   def should_preserve(self, checkpoints, *, context):
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
-    kept = set(steps[-self._keep :])
+    kept = {*steps[-self._keep :], *self._unknown}
     rated = {s: value for s, value in self._values.items() if s in steps}
     if rated:
       kept.add(_best(rated))
@@ -273,15 +279,18 @@ class Checkpoints:
     self._best = best
     self.newest = None  # the last step saved here
     self._values = {}
+    unknown = set()  # steps whose manifest cannot be read, perhaps just now
     if best:
       for step in steps(self._directory):
-        manifest, _ = _manifest(self._directory, step)
-        if manifest and manifest['best'] and manifest['best'][0] == best:
+        manifest, reason = _manifest(self._directory, step)
+        if reason:
+          unknown.add(step)
+        elif manifest['best'] and manifest['best'][0] == best:
           self._values[step] = manifest['best'][1]
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=_Kept(keep, self._values),
+        preservation_policy=_Kept(keep, self._values, unknown),
         create=True,
         cleanup_tmp_directories=True,
       ),
@@ -322,8 +331,13 @@ class Checkpoints:
     self.newest = step
 
   def check(self):
-    """Raises where a save under way has failed."""
-    self._tried(self._manager.check_for_errors)
+    """Raises where a save has failed.
+
+    Only of one that has ended: asked earlier, Orbax would give its error to us
+    and not to its own thread, which would then remove older checkpoints.
+    """
+    if not self._manager.is_saving_in_progress():
+      self._tried(self._manager.wait_until_finished)
 
   def close(self):
     """Waits for the saves under way."""
@@ -331,6 +345,11 @@ class Checkpoints:
       self._tried(self._manager.wait_until_finished)
     finally:
       self._manager.close()
+
+  def check_rating(self, values):
+    """Refuses evaluations that do not give what is to be best."""
+    if self._best:
+      self._rating(values)
 
   def _rating(self, values):
     """Returns a number of which less is better."""

@@ -19,6 +19,7 @@ import json
 import logging as stdlib_logging
 import os
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -301,6 +302,7 @@ def ends_all(function):
     if not stop.together:
       processes.fail(text, processes.PREEMPTED)
     print(f'dpo-jax: {text}', file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one of the others'
     processes.finish()
     raise
   except MISTAKES as error:
@@ -313,7 +315,8 @@ def ends_all(function):
     gone = isinstance(error, jax.errors.JaxRuntimeError)
     if trace or not gone or processes.alone():
       _tell(error)
-    line = str(error).strip().splitlines()[0]
+    lines = str(error).strip().splitlines()
+    line = lines[0] if lines else type(error).__name__
     processes.fail(f'{line}; {processes.AGAIN}' if gone else line)
     sys.exit(1)
   except KeyboardInterrupt:

@@ -43,6 +43,11 @@ def make_mesh(*, data, fsdp, tensor, devices=None):
     raise ValueError(
       f'mesh {dict(zip(AXES, sizes))}: sizes are positive, one may be -1'
     )
+  if -1 in sizes and count % known:
+    raise ValueError(
+      f'mesh {dict(zip(AXES, sizes))}: its sizes make {known}, which does not'
+      f' divide the {count} devices'
+    )
   sizes = [count // known if size == -1 else size for size in sizes]
   named = dict(zip(AXES, sizes))
   if math.prod(sizes) != count:

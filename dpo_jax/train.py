@@ -232,6 +232,7 @@ def _train(config, workdir, mesh):
   def measure(number):
     values, samples = run.evaluate(state.params, state.ref, state.memory)
     check_finite(values, number, checkpoints)
+    checkpoints.check_rating(values)
     writer.write(number, values, samples)
     return values
 
@@ -282,11 +283,15 @@ def _train(config, workdir, mesh):
     finish(pending)
     if done > max(own, default=0) and done != checkpoints.newest:
       checkpoints.save(done, steps.saved(state), measured=measured)
-    stop.what = f'SIGTERM after step {done} of {num_steps}, which is saved'
+    stop.what = f'SIGTERM after step {done} of {num_steps}'
+    if done in (checkpoints.newest, *own):
+      stop.what += ', which is saved'
     raise
   finally:  # whatever happens, saves under way are finished
-    checkpoints.close()
-    writer.close()
+    try:
+      checkpoints.close()
+    finally:
+      writer.close()
   return state.params
 
 

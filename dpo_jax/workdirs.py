@@ -80,6 +80,8 @@ def write(path, text):
   """Writes a file whole: under a temporary name, then moved."""
   with open(path + '.tmp', 'w') as f:
     f.write(text)
+    f.flush()
+    os.fsync(f.fileno())
   os.replace(path + '.tmp', path)
 
 

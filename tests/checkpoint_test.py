@@ -335,3 +335,68 @@ def test_manifests_are_json_that_a_person_can_read(tmp_path):
   items = items_of(3, sharding.replicated(rows_over(8).mesh))
   assert manifest['items']['params'] == digests.of(items['params'])
   assert manifest['measured'] is True
+
+
+def test_asking_often_while_a_save_fails_loses_no_checkpoint(tmp_path):
+  # In a process of its own: the limit of file sizes holds for all of it.
+  code = f"""
+import resource, signal, sys
+import numpy as np, jax
+from dpo_jax import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+rng = np.random.default_rng(0)
+numbers = rng.random(400_000, np.float32)
+items = {{'params': {{'x': jax.numpy.asarray(numbers)}}}}
+saves = checkpoint.Checkpoints({str(tmp_path)!r}, keep=1)
+saves.save(3, items)
+assert saves.latest() == 3
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+  saves.save(6, items)
+  while True:
+    saves.check()
+except OSError as e:
+  print('failed:', e)
+"""
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, timeout=120
+  )
+  assert 'failed:' in result.stdout, result.stderr[-2000:]
+  assert checkpoint.steps(tmp_path) == [3]
+
+
+def test_a_checkpoint_whose_rating_cannot_be_read_is_kept(
+  tmp_path, monkeypatch
+):
+  items = {'params': {'x': jax.numpy.arange(4.0)}}
+
+  def save(saves, step, value):
+    saves.save(step, items, values={'loss': value})
+    saves.latest()
+
+  saves = checkpoint.Checkpoints(tmp_path, keep=1, best='min:loss')
+  save(saves, 1, 0.1)
+  save(saves, 2, 0.5)
+  saves.close()
+  monkeypatch.setattr(
+    checkpoint, '_manifest', lambda *_: (None, 'OSError: Stale file handle')
+  )
+  saves = checkpoint.Checkpoints(tmp_path, keep=1, best='min:loss')
+  monkeypatch.undo()
+  save(saves, 3, 0.4)
+  saves.close()
+  assert 1 in checkpoint.steps(tmp_path)
+
+
+def test_a_name_that_nothing_rates_is_refused_before_the_first_step(tmp_path):
+  config = worlds.debug_config(
+    tmp_path,
+    **{
+      'checkpoint.best': 'min:heldout/los',
+      'checkpoint.every': 2,
+      'eval.every': 2,
+    },
+  )
+  with pytest.raises(ValueError, match='heldout/los'):
+    train.train(config, tmp_path / 'run')
+  assert not metrics.read(tmp_path / 'run')
