@@ -10,6 +10,7 @@ from dpo_jax import constraints
 from dpo_jax import online
 from dpo_jax import rewards
 from dpo_jax import settings
+from dpo_jax import workdirs
 
 
 def test_best_and_worst_of_each_prompt_make_its_pair():
@@ -87,6 +88,25 @@ def test_losses_are_checked_before_anything_is_sampled(
   with pytest.raises(ValueError, match=message):
     online.run(settings.Settings(config.to_dict()), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'module, arg',
+  [(quickstart, ''), (quickstart, 'adapter=lora'), (constrained, '')],
+)
+def test_configs_as_they_ship_pass_every_check(
+  module, arg, tmp_path, monkeypatch
+):
+  class PassedError(Exception):
+    pass
+
+  def claim(*_):
+    raise PassedError
+
+  monkeypatch.setattr(workdirs, 'claim', claim)
+  config = settings.Settings(module.get_config(arg).to_dict())
+  with pytest.raises(PassedError):  # what comes before it reads no model
+    online.run(config, tmp_path / 'run')
 
 
 def test_a_reference_that_round_2_would_refuse_is_refused_at_once(tmp_path):
