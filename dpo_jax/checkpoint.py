@@ -2,6 +2,7 @@
 
     checkpoints/24/params/, opt_state/, ...   arrays, written by who holds them
     checkpoints/24/manifest/                  what they were, see `digests`
+    checkpoints/24/rating.json                where it was rated after the save
     checkpoints/21.damaged/                   set aside: it did not fit its own
 
 A save writes to a temporary directory and renames it, so a killed process
@@ -18,6 +19,8 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -26,11 +29,30 @@ import orbax.checkpoint as ocp
 import tqdm
 
 from dpo_jax import digests
+from dpo_jax import folders
 from dpo_jax import processes
 
 # Step of the checkpoint to read: a number, or one of these.
 NEWEST, BEST = 'newest', 'best'
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What is no fault of the bytes on disk: servers, rights, memory, open files.
+_PASSING = {
+  *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+  *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.EREMOTEIO),
+  *(errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+  *(errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOLCK),
+}
+# The same, as Python, TensorStore and XLA call it.
+_PASSING_STATUS = (
+  'MemoryError',
+  'RESOURCE_EXHAUSTED',
+  'UNAVAILABLE',
+  'DEADLINE_EXCEEDED',
+  'PERMISSION_DENIED',
+)
+_PAUSE = 1.0  # seconds before what could not be read is read again
+_RATING = 'rating.json'
+_REMOVED = '.removed'  # ending of the name of a checkpoint being removed
 
 
 class Found(NamedTuple):
@@ -44,6 +66,10 @@ class Found(NamedTuple):
   measured: bool
 
 
+class Unreadable(OSError):
+  """A checkpoint cannot be read now; that does not make it a damaged one."""
+
+
 # --- Read --------------------------------------------------------------------
 
 
@@ -52,12 +78,14 @@ def steps(directory):
 
   All processes get what process 0 sees.
   """
-  found = []
-  if processes.first() and os.path.isdir(directory):
-    found = sorted(
-      int(name) for name in os.listdir(directory) if name.isdigit()
-    )
-  return processes.agreed(found)
+  return processes.agreed(_listed(directory) if processes.first() else [])
+
+
+def _listed(directory):
+  """Returns what `steps` does, as this process sees it."""
+  if not os.path.isdir(directory):
+    return []
+  return sorted(int(name) for name in os.listdir(directory) if name.isdigit())
 
 
 def restore(directory, like, *, which=NEWEST, set_aside=False) -> Found:
@@ -70,6 +98,10 @@ def restore(directory, like, *, which=NEWEST, set_aside=False) -> Found:
     which: `NEWEST`, `BEST` or a step, and nothing but that.
     set_aside: rename damaged ones to STEP.damaged: this run will write their
       steps again.
+
+  Raises:
+    Unreadable: one can be read no more than once a second later, but for a
+      reason that may pass, so that none before it is used in its place.
   """
   directory = pathlib.Path(directory).absolute()
   candidates = steps(directory)[::-1]
@@ -98,14 +130,21 @@ def restore(directory, like, *, which=NEWEST, set_aside=False) -> Found:
 def _chosen(directory, candidates, which):
   """Returns the step that `which` means."""
   if which == BEST:
-    manifests = {step: _manifest(directory, step)[0] for step in candidates}
-    values = {s: m['best'] for s, m in manifests.items() if m and m['best']}
+    ratings = {step: _rated(directory, step) for step in candidates}
+    for step, (_, reason) in ratings.items():
+      if reason:
+        raise ValueError(
+          f'which checkpoint of {directory} is the best is not known, because'
+          f' the rating of {step} cannot be read ({reason}); put it back from a'
+          f' backup, or give a step of {sorted(candidates)}'
+        )
+    values = {step: best[1] for step, (best, _) in ratings.items() if best}
     if not values:
       raise ValueError(
         f'no checkpoint of {directory} was rated; set checkpoint.best when'
         ' training, or give the step'
       )
-    return _best({step: value for step, (_, value) in values.items()})
+    return _best(values)
   if not str(which).isdecimal() or int(which) not in candidates:
     raise ValueError(
       f'{directory} has no checkpoint {which!r}; it has {NEWEST}'
@@ -173,13 +212,53 @@ def _manifest(directory, step):
   return manifest, None
 
 
+def _rated(directory, step):
+  """Returns ([config.checkpoint.best, rating], None).
+
+  The first is None where there was no rating, the second says why it is not
+  known whether there was one.
+  """
+  manifest, reason = _manifest(directory, step)
+  if reason or manifest['best']:
+    return (None, reason) if reason else (manifest['best'], None)
+  found = None, None
+  path = directory / str(step) / _RATING
+  if processes.first() and path.exists():
+    try:
+      name, value = json.loads(path.read_text())
+      found = [str(name), float(value)], None
+    except (OSError, ValueError, TypeError) as error:
+      found = None, f'{path.name}: {_first_line(error)}'
+  return tuple(processes.agreed(found))
+
+
 def _sha256(manifest):
   text = json.dumps(manifest, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _attempt(folder, args):
-  """Reads items: (items, None), or (None, why not) where one process cannot.
+  """Reads items: (items, None), or (None, why not) where they are damaged.
+
+  All processes agree on which it is. What may pass is tried twice.
+  """
+  for pause in (_PAUSE, 0.0):
+    items, reason, passing = _attempt_alone(folder, args)
+    failures = [f for f in processes.gathered([reason, passing]) if f[0]]
+    if not failures:
+      return items, None
+    reasons = [text for text, passing in failures if passing]
+    if not reasons:
+      return None, failures[0][0]
+    time.sleep(pause)
+  raise Unreadable(
+    f'{folder} could not be read now ({reasons[0]}); start again. If it stays'
+    f' so, move that folder away, and the checkpoint before it is used'
+  )
+
+
+def _attempt_alone(folder, args):
+  """Reads items in this process: (items, why not, whether that may pass).
 
   Each reads for itself; waiting for one that failed, Orbax would wait long.
   """
@@ -190,17 +269,16 @@ def _attempt(folder, args):
       primary_host=own, active_processes={own}, barrier_sync_key_prefix=f'{own}'
     ),
   )
-  items, reason = None, None
   try:
-    items = dict(reader.restore(folder, args=ocp.args.Composite(**args)))
+    items = reader.restore(folder, args=ocp.args.Composite(**args))
+    return dict(items), None, False
   except Exception as error:  # whatever a library makes of bytes it cannot read
+    passing = bool(_why(error, _PASSING, _PASSING_STATUS))
     while error.__cause__ is not None:
       error = error.__cause__
-    reason = f'{type(error).__name__}: {_first_line(error)}'
+    return None, f'{type(error).__name__}: {_first_line(error)}', passing
   finally:
     reader.close()
-  reasons = [text for text in processes.gathered(reason) if text]
-  return (None, reasons[0]) if reasons else (items, None)
 
 
 def _set_aside(folder):
@@ -249,56 +327,41 @@ def _best(values):
   return min(values, key=lambda step: (values[step], -step))
 
 
-class _Kept(ocp.checkpoint_managers.PreservationPolicy):
-  """The last n, the best of those that were rated, and any of unknown rating.
-
-  `values` and `unknown` may grow.
-  """
-
-  def __init__(self, keep, values, unknown):
-    self._keep = keep
-    self._values = values
-    self._unknown = unknown
-
-  def should_preserve(self, checkpoints, *, context):
-    del context
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    kept = {*steps[-self._keep :], *self._unknown}
-    rated = {s: value for s, value in self._values.items() if s in steps}
-    if rated:
-      kept.add(_best(rated))
-    return [step in kept for step in steps]
-
-
 class Checkpoints:
-  """Writes the checkpoints of one run, one per step, while it goes on."""
+  """Writes the checkpoints of one run, one per step, while it goes on.
+
+  Kept are the last n, the best of those that were rated, and any of which that
+  is not known.
+  """
 
   def __init__(self, directory, *, keep, best=''):
     """Opens a directory; `best` is config.checkpoint.best."""
     self._directory = pathlib.Path(directory).absolute()
+    self._keep = keep
     self._best = best
     self.newest = None  # the last step saved here
-    self._values = {}
-    unknown = set()  # steps whose manifest cannot be read, perhaps just now
-    if best:
-      for step in steps(self._directory):
-        manifest, reason = _manifest(self._directory, step)
-        if reason:
-          unknown.add(step)
-        elif manifest['best'] and manifest['best'][0] == best:
-          self._values[step] = manifest['best'][1]
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_Kept(keep, self._values, unknown),
-        create=True,
-        cleanup_tmp_directories=True,
-      ),
-    )
+    self._values = {}  # step: rating
+    self._unknown = set()  # steps whose rating cannot be read, perhaps just now
+    if processes.first():
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._remove_parts()
+    for step in steps(self._directory) if best else ():
+      try:
+        rating, reason = _rated(self._directory, step)
+      except Unreadable as error:
+        reason = str(error)
+      if reason:
+        self._unknown.add(step)
+      elif rating and rating[0] == best:
+        self._values[step] = rating[1]
+    processes.wait('checkpoints')
+    self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    self._follower = None  # the thread that waits for the save under way
+    self._error = None  # of the last save
 
   def latest(self):
     """Waits for saves under way; returns the newest step there is, or None."""
-    self._tried(self._manager.wait_until_finished)
+    self._finish()
     return next(iter(steps(self._directory)[::-1]), None)
 
   def save(self, step, items, *, values=None, measured=True):
@@ -315,6 +378,7 @@ class Checkpoints:
       'measured': measured,
       'best': None,
     }
+    self._finish()
     if self._best and values is not None:
       manifest['best'] = [self._best, self._rating(values)]
       self._values[step] = manifest['best'][1]
@@ -322,29 +386,82 @@ class Checkpoints:
     saves['manifest'] = ocp.args.JsonSave(
       manifest | {'sha256': _sha256(manifest)}
     )
-    self._tried(
-      lambda: self._manager.save(
-        step, args=ocp.args.Composite(**saves), force=True
-      ),
-      step,
-    )
+    try:
+      self._saver.save(
+        self._directory / str(step), args=ocp.args.Composite(**saves)
+      )
+    except Exception as error:
+      raise self._failed(error, step) from error
     self.newest = step
+    self._follower = threading.Thread(
+      target=self._follow, args=(step,), daemon=True
+    )
+    self._follower.start()
+
+  def rate(self, step, values):
+    """Records the evaluation of a checkpoint that was saved before it."""
+    self._finish()
+    if self._best:
+      self._values[step] = self._rating(values)
+      text = json.dumps([self._best, self._values[step]])
+      if processes.first():
+        path = self._directory / str(step) / _RATING
+        folders.remove_stale(path)
+        folders.write_file(path, lambda part: part.write_text(text))
 
   def check(self):
-    """Raises where a save has failed.
-
-    Only of one that has ended: asked earlier, Orbax would give its error to us
-    and not to its own thread, which would then remove older checkpoints.
-    """
-    if not self._manager.is_saving_in_progress():
-      self._tried(self._manager.wait_until_finished)
+    """Raises where a save has failed; waits for none."""
+    if self._follower and not self._follower.is_alive():
+      self._finish()
 
   def close(self):
     """Waits for the saves under way."""
     try:
-      self._tried(self._manager.wait_until_finished)
+      self._finish()
     finally:
-      self._manager.close()
+      self._saver.close()
+
+  def _finish(self):
+    """Waits for the save under way; raises where it, or the last, failed."""
+    if self._follower:
+      self._follower.join()
+    error, self._error = self._error, None
+    if error:
+      raise error
+
+  def _follow(self, step):
+    """Waits for a save in a thread of its own; then removes older ones.
+
+    Of several processes, one that fails must end the others: they wait for it,
+    for twenty minutes, in Orbax.
+    """
+    try:
+      self._saver.wait_until_finished()
+      if processes.first():
+        self._remove_old()
+    except Exception as error:
+      failed = self._failed(error, step)
+      processes.fail(str(failed))  # of several, none gets beyond this
+      failed.__cause__ = error
+      self._error = failed
+
+  def _remove_old(self):
+    there = _listed(self._directory)
+    kept = {*there[-self._keep :], *self._unknown}
+    rated = {s: value for s, value in self._values.items() if s in there}
+    if rated:
+      kept.add(_best(rated))
+    for step in there:
+      if step not in kept:  # at once, or a kill would leave a damaged one
+        folder = self._directory / str(step)
+        folder.rename(folder.with_name(f'{step}{_REMOVED}'))
+        shutil.rmtree(folder.with_name(f'{step}{_REMOVED}'))
+
+  def _remove_parts(self):
+    """Removes what is neither a checkpoint nor was set aside."""
+    for pattern in ('*.orbax-checkpoint-tmp*', f'*{_REMOVED}'):
+      for left in self._directory.glob(pattern):
+        shutil.rmtree(left, ignore_errors=True)
 
   def check_rating(self, values):
     """Refuses evaluations that do not give what is to be best."""
@@ -362,39 +479,42 @@ class Checkpoints:
     value = float(values[name]) * (1 if mode == 'min' else -1)
     return math.inf if math.isnan(value) else value
 
-  def _tried(self, function, step=None):
-    """Calls; an error of writing says what to do, and takes no more space."""
-    try:
-      return function()
-    except Exception as error:
-      step = self.newest if step is None else step
-      if processes.first():
-        for left in self._directory.glob('*.orbax-checkpoint-tmp*'):
-          shutil.rmtree(left, ignore_errors=True)
-      kept = [
-        int(path.name)
-        for path in self._directory.glob('[0-9]*')
-        if path.name.isdigit()
-      ]
-      reason, fix = _first_line(error), 'see why, and start the run again'
-      if full := _why_full(error):
-        reason, fix = (
-          full,
-          'free some space (checkpoint.keep says how many are kept), and start'
-          ' the run again',
-        )
-      raise OSError(
-        f'checkpoint {step} could not be written ({reason}); the'
-        f' last good one is {max(kept) if kept else "none"}; {fix}'
-      ) from error
+  def _failed(self, error, step):
+    """Returns an error that says what to do; what failed takes no space."""
+    if processes.first():
+      self._remove_parts()
+    kept = _listed(self._directory)
+    reason, fix = _first_line(error), 'see why, and start the run again'
+    if full := _why(error, _FULL):
+      reason, fix = (
+        full,
+        'free some space (checkpoint.keep says how many are kept), and start'
+        ' the run again',
+      )
+    return OSError(
+      f'checkpoint {step} could not be written ({reason}); the'
+      f' last good one is {kept[-1] if kept else "none"}; {fix}'
+    )
 
 
-def _why_full(error: Any) -> str:
-  """Says of which full disk an error, or one that it came from, is; else ''."""
+# --- Errors ------------------------------------------------------------------
+
+
+def _why(error: Any, numbers, statuses=()) -> str:
+  """Says which of these an error, or one that it came from, is; else ''.
+
+  Args:
+    error: of Python, or a library's that has the text of one.
+    numbers: of `errno`.
+    statuses: words for others, and types of errors.
+  """
   while error is not None:
-    for number in _FULL:
+    for number in numbers:
       why = os.strerror(number)
       if getattr(error, 'errno', None) == number or why in str(error):
         return why
+    for status in statuses:
+      if status in f'{type(error).__name__}: {error}':
+        return status
     error = error.__cause__ or error.__context__
   return ''

@@ -120,7 +120,7 @@ def load_or_compute(
   size = plan.starts[-1]
   values, complete = np.zeros(size, np.float32), False
   if processes.first():
-    values = _complete(path, size)
+    values = _read(path, size)
     complete = values is not None
     if not complete:
       tqdm.tqdm.write(_reason(directory, made_of, name))
@@ -145,18 +145,23 @@ def load_or_compute(
     try:
       os.replace(f'{path}.partial', path)
     except FileNotFoundError:
-      np.load(path, mmap_mode='r')  # another run has filled the same file
+      os.stat(path)  # another run has filled the same file
   return np.array(values)
 
 
-def _complete(path, size):
-  """Returns the values of a cache file, None without a sound one."""
+def _read(path, size, *, partial=False):
+  """Returns the values of a cache file, None without a sound one.
+
+  One that is not sound is removed. `partial`: values may be missing, and are
+  left on disk.
+  """
   if not os.path.exists(path):
     return None
   try:
-    values = np.load(path)
-    if values.shape == (size,) and np.isfinite(values).all():
-      return values
+    values = np.load(path, mmap_mode='r' if partial else None)
+    if values.shape == (size,) and values.dtype == np.float32:
+      if partial or np.isfinite(values).all():
+        return values
   except (ValueError, EOFError):
     pass
   tqdm.tqdm.write(f'{path} is damaged: it is computed again')
@@ -173,6 +178,7 @@ def _open_partial(path, size, made_of):
   with open(os.path.splitext(path)[0] + '.json', 'w') as f:
     json.dump(made_of, f, indent=2)
   partial, temporary = f'{path}.partial', f'{path}.{os.getpid()}.tmp'
+  _read(partial, size, partial=True)  # one that was cut short goes
   with open(temporary, 'wb') as f:
     np.save(f, np.full(size, np.nan, np.float32))
     f.flush()

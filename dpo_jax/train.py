@@ -121,7 +121,11 @@ def train(config, workdir):
   workdirs.check(workdir, config)
   keep_compiled(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
-  with processes.heed_sigterm(), sharding.use(mesh):
+  with (
+    processes.heed_sigterm(),
+    workdirs.held(workdir),
+    sharding.use(mesh),
+  ):
     return _train(config, workdir, mesh)
 
 
@@ -242,8 +246,10 @@ def _train(config, workdir, mesh):
   processes.heed_by_poll()
   try:
     if not measured:
-      measure(first)
+      ratings = measure(first)
       measured = True
+      if first in own and due('save', first):
+        checkpoints.rate(first, ratings)
     clock = time.perf_counter()
     for number in tqdm.trange(
       first + 1, num_steps + 1, initial=first, total=num_steps, desc='train'

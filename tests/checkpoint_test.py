@@ -1,6 +1,8 @@
 """What was saved is what is read, or it is said not to be."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -13,9 +15,11 @@ import pytest
 from dpo_jax import checkpoint
 from dpo_jax import digests
 from dpo_jax import metrics
+from dpo_jax import processes
 from dpo_jax import sharding
 from dpo_jax import train
 from experiments import kill_runs
+from tests import processes_test
 from tests import worlds
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -263,6 +267,125 @@ def test_a_run_goes_on_before_a_damaged_checkpoint(tmp_path, capsys):
   assert len(metrics.read(tmp_path / 'run')) == len(before)
 
 
+def refuse(monkeypatch, error, times):
+  """Makes so many reads of checkpoints raise; returns a list of them."""
+  restore, refused = checkpoint.ocp.Checkpointer.restore, []
+
+  def sometimes(*args, **kwargs):
+    if len(refused) < times:
+      refused.append(1)
+      raise error
+    return restore(*args, **kwargs)
+
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, 'restore', sometimes)
+  monkeypatch.setattr(checkpoint, '_PAUSE', 0.0)
+  return refused
+
+
+PASSING = {
+  'stale': OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+  'io': OSError(errno.EIO, os.strerror(errno.EIO)),
+  'memory': MemoryError(),
+  'device': ValueError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.'),
+  'tensorstore': ValueError(
+    'Error reading "/x/d/1": UNKNOWN [OS error 116: ESTALE Stale file handle]'
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PASSING)
+def test_what_may_pass_damages_no_checkpoint(tmp_path, monkeypatch, name):
+  write(tmp_path, [3, 6])
+  where = rows_over(8)
+  like_6 = like(items_of(6, where), where)
+  refused = refuse(monkeypatch, PASSING[name], times=1)
+  assert checkpoint.restore(tmp_path, like_6, set_aside=True).step == 6
+  assert len(refused) == 1
+  monkeypatch.undo()
+  refuse(monkeypatch, PASSING[name], times=99)
+  with pytest.raises(OSError, match=r'could not be read now .*start again'):
+    checkpoint.restore(tmp_path, like_6, set_aside=True)
+  assert checkpoint.steps(tmp_path) == [3, 6]
+
+
+def test_processes_agree_on_why_a_checkpoint_cannot_be_read(
+  tmp_path, monkeypatch
+):
+  write(tmp_path, [3, 6])
+  where = rows_over(8)
+  like_6 = like(items_of(6, where), where)
+  refuse(monkeypatch, ValueError('DATA_LOSS: checksum'), times=99)
+  asked, others = [], ['OSError: Stale file handle', True]
+
+  def gathered(value):  # of this process and one that meets what may pass
+    asked.append(value)
+    return [value, others]
+
+  monkeypatch.setattr(processes, 'gathered', gathered)
+  with pytest.raises(OSError, match=r'Stale file handle.*start again'):
+    checkpoint.restore(tmp_path, like_6)
+  assert asked == [['ValueError: DATA_LOSS: checksum', False]] * 2
+  others[:] = [None, False]
+  with pytest.raises(ValueError, match='put one back from a backup'):
+    checkpoint.restore(tmp_path, like_6)
+
+
+def test_the_best_is_not_guessed_where_a_rating_is_damaged(tmp_path):
+  where = rows_over(8)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=3, best='min:a')
+  for step in (1, 2):
+    checkpoints.save(step, items_of(step, where), values={'a': step})
+  checkpoints.save(3, items_of(3, where))
+  checkpoints.rate(3, {'a': 0.5})
+  checkpoints.close()
+  shapes = like(items_of(3, where), where)
+  assert checkpoint.restore(tmp_path, shapes, which='best').step == 3
+  cut(tmp_path / '3' / 'rating.json')
+  with pytest.raises(ValueError, match=r'rating of 3 cannot be read .* give a'):
+    checkpoint.restore(tmp_path, shapes, which='best')
+  (tmp_path / '3' / 'rating.json').unlink()
+  cut(tmp_path / '1' / 'manifest' / 'metadata')
+  with pytest.raises(ValueError, match=r'rating of 1 cannot be read .* give a'):
+    checkpoint.restore(tmp_path, shapes, which='best')
+  assert checkpoint.restore(tmp_path, shapes, which='2').step == 2
+
+
+def test_a_rating_after_the_save_keeps_the_best_and_outlives_the_run(tmp_path):
+  where = rows_over(8)
+  for step, rating in [(1, 0.1), (2, 0.2), (3, 0.3)]:  # opened each time
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best='min:a')
+    checkpoints.save(step, items_of(step, where), measured=False)
+    checkpoints.latest()
+    checkpoints.rate(step, {'a': rating})
+    checkpoints.close()
+  assert checkpoint.steps(tmp_path) == [1, 3]
+  write(tmp_path, [4], keep=1, best='min:a')
+  assert checkpoint.steps(tmp_path) == [1, 4]
+
+
+def test_a_preempted_evaluation_keeps_the_same_best(tmp_path, monkeypatch):
+  changes = {'num_steps': 6, 'optim.lr': 1e-3, 'eval.every': 2}
+  changes |= {'checkpoint.every': 2, 'checkpoint.keep': 1}
+  changes |= {'checkpoint.best': 'max:heldout/loss'}
+  config = worlds.debug_config(tmp_path, **changes)
+  whole, cut_off = tmp_path / 'whole', tmp_path / 'cut_off'
+  train.train(config, whole)
+  check_finite = train.check_finite
+
+  def preempted(values, step, checkpoints):
+    check_finite(values, step, checkpoints)
+    if step == 2 and 'heldout/loss' in values:
+      raise processes.Preempted('SIGTERM', together=True)
+
+  monkeypatch.setattr(train, 'check_finite', preempted)
+  with pytest.raises(processes.Preempted):
+    train.train(config, cut_off)
+  monkeypatch.undo()
+  train.train(config, cut_off)
+  for workdir in (whole, cut_off):
+    assert checkpoint.steps(workdir / 'checkpoints') == [2, 6]
+
+
 # --- Digests -----------------------------------------------------------------
 
 ARRAYS = {
@@ -400,3 +523,40 @@ def test_a_name_that_nothing_rates_is_refused_before_the_first_step(tmp_path):
   with pytest.raises(ValueError, match='heldout/los'):
     train.train(config, tmp_path / 'run')
   assert not metrics.read(tmp_path / 'run')
+
+
+ONE_FULL = """
+import resource, signal
+  import numpy as np
+  from absl import logging
+  from dpo_jax import checkpoint, sharding
+  logging.set_verbosity(logging.FATAL)  # as main does
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
+  where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
+  numbers = np.random.default_rng(0).random((2, 200_000), np.float32)
+  x = jax.make_array_from_callback(numbers.shape, where, lambda i: numbers[i])
+  saves = checkpoint.Checkpoints({folder!r}, keep=1)
+  saves.save(3, {{'params': {{'x': x}}}})
+  assert saves.latest() == 3
+  if index == {victim}:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+  saves.save(6, {{'params': {{'x': x}}}})
+  saves.close()
+"""
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_disk_of_one_process_that_is_full_ends_all_with_its_reason(
+  tmp_path, victim
+):
+  body = ONE_FULL.format(folder=str(tmp_path), victim=victim)
+  codes, _, errors, seconds = processes_test.together(body.strip())
+  assert codes == [1, 1], errors
+  reason = 'checkpoint 6 could not be written (File too large); the last good'
+  assert all(reason in error for error in errors)
+  other = 1 - victim
+  assert f'process {other} ends, as process {victim} did' in errors[other]
+  assert 'Traceback' not in ''.join(errors)
+  assert seconds < processes_test.ENDS
+  assert checkpoint.steps(tmp_path) == [3]

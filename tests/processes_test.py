@@ -110,11 +110,13 @@ def wait_for(workdir, count, started):
     time.sleep(0.02)
 
 
-def assert_equal_runs(config, one, two):
+def assert_equal_runs(config, one, two, *, but=()):
   """Metrics to 1e-6 and final parameters to 1e-6, restored on 8 devices."""
   a, b = numbers_of(one), numbers_of(two)
   assert a.keys() == b.keys()
   for name, value in a.items():
+    if name[1] in but:
+      continue
     assert abs(value - b[name]) <= 1e-6 * max(1, abs(value)), name
   params = policies.open_policy(
     config, sharding.make_mesh(**config.mesh)
@@ -212,7 +214,10 @@ def test_a_run_moves_from_eight_devices_to_four_to_one(tmp_path):
     arguments = ['train', *options(tmp_path, moved, changes)]
     codes, _, errors = outcome(launch(1, arguments, devices=devices))
     assert codes == [0], errors
-  assert_equal_runs(config, one, moved)
+  # How rows are filled depends on how many there are, a loss does not.
+  assert_equal_runs(config, one, moved, but=('train/row_fill',))
+  losses = [v for (_, n), v in numbers_of(moved).items() if n == 'train/loss']
+  assert len(losses) == 6
 
 
 # Processes that do nothing but what the argument says.

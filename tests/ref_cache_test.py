@@ -104,6 +104,19 @@ def test_a_damaged_file_is_computed_again(tmp_path, damage, capsys):
   np.testing.assert_array_equal(again, whole)
 
 
+@pytest.mark.parametrize('left', [40, -4])
+def test_a_partial_file_cut_short_is_begun_again(tmp_path, left, capsys):
+  whole, _ = fill(tmp_path / 'whole')
+  with pytest.raises(KeyboardInterrupt):
+    fill(tmp_path / 'cut', stop_after=2)
+  (path,) = (tmp_path / 'cut').glob('*.partial')
+  path.write_bytes(path.read_bytes()[:left])
+  again, computed = fill(tmp_path / 'cut')
+  said = capsys.readouterr().out
+  assert computed == 5 and '.npy.partial is damaged: it is computed' in said
+  np.testing.assert_array_equal(again, whole)
+
+
 def test_a_reference_without_finite_numbers_is_refused(tmp_path):
   with pytest.raises(FloatingPointError, match='weights are broken'):
     fill(tmp_path, scale=np.nan)
