@@ -11,7 +11,6 @@ digests of what was saved, so a checkpoint that was cut or changed on disk is
 found, and the one before it is used. Arrays go to any mesh.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -21,35 +20,19 @@ import shutil
 import sys
 import threading
 import time
-from typing import Any
 from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 import tqdm
 
+from dpo_jax import causes
 from dpo_jax import digests
 from dpo_jax import folders
 from dpo_jax import processes
 
 # Step of the checkpoint to read: a number, or one of these.
 NEWEST, BEST = 'newest', 'best'
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What is no fault of the bytes on disk: servers, rights, memory, open files.
-_PASSING = {
-  *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
-  *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.EREMOTEIO),
-  *(errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
-  *(errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOLCK),
-}
-# The same, as Python, TensorStore and XLA call it.
-_PASSING_STATUS = (
-  'MemoryError',
-  'RESOURCE_EXHAUSTED',
-  'UNAVAILABLE',
-  'DEADLINE_EXCEEDED',
-  'PERMISSION_DENIED',
-)
 _PAUSE = 1.0  # seconds before what could not be read is read again
 _RATING = 'rating.json'
 _REMOVED = '.removed'  # ending of the name of a checkpoint being removed
@@ -206,10 +189,11 @@ def _manifest(directory, step):
     return None, reason
   manifest = items['manifest']
   if not isinstance(manifest, dict):
-    return None, 'its manifest is not one'
-  if manifest.pop('sha256', None) != _sha256(manifest):
-    return None, 'its manifest is not what was saved'
-  return manifest, None
+    reason = 'its manifest is not one'
+  elif manifest.pop('sha256', None) != _sha256(manifest):
+    reason = 'its manifest is not what was saved'
+  reasons = [text for text in processes.gathered(reason) if text]
+  return (None, reasons[0]) if reasons else (manifest, None)
 
 
 def _rated(directory, step):
@@ -228,7 +212,7 @@ def _rated(directory, step):
       name, value = json.loads(path.read_text())
       found = [str(name), float(value)], None
     except (OSError, ValueError, TypeError) as error:
-      found = None, f'{path.name}: {_first_line(error)}'
+      found = None, f'{path.name}: {causes.line(error)}'
   return tuple(processes.agreed(found))
 
 
@@ -273,10 +257,10 @@ def _attempt_alone(folder, args):
     items = reader.restore(folder, args=ocp.args.Composite(**args))
     return dict(items), None, False
   except Exception as error:  # whatever a library makes of bytes it cannot read
-    passing = bool(_why(error, _PASSING, _PASSING_STATUS))
+    passing = bool(causes.passing(error))
     while error.__cause__ is not None:
       error = error.__cause__
-    return None, f'{type(error).__name__}: {_first_line(error)}', passing
+    return None, f'{type(error).__name__}: {causes.line(error)}', passing
   finally:
     reader.close()
 
@@ -292,11 +276,6 @@ def _set_aside(folder):
 
 def _tell(text):
   tqdm.tqdm.write(text, file=sys.stderr)  # stdout may be JSON
-
-
-def _first_line(error):
-  lines = str(error).strip().splitlines()
-  return lines[0][:300] if lines else type(error).__name__
 
 
 # --- Write -------------------------------------------------------------------
@@ -484,8 +463,8 @@ class Checkpoints:
     if processes.first():
       self._remove_parts()
     kept = _listed(self._directory)
-    reason, fix = _first_line(error), 'see why, and start the run again'
-    if full := _why(error, _FULL):
+    reason, fix = causes.line(error), 'see why, and start the run again'
+    if full := causes.full(error):
       reason, fix = (
         full,
         'free some space (checkpoint.keep says how many are kept), and start'
@@ -495,26 +474,3 @@ class Checkpoints:
       f'checkpoint {step} could not be written ({reason}); the'
       f' last good one is {kept[-1] if kept else "none"}; {fix}'
     )
-
-
-# --- Errors ------------------------------------------------------------------
-
-
-def _why(error: Any, numbers, statuses=()) -> str:
-  """Says which of these an error, or one that it came from, is; else ''.
-
-  Args:
-    error: of Python, or a library's that has the text of one.
-    numbers: of `errno`.
-    statuses: words for others, and types of errors.
-  """
-  while error is not None:
-    for number in numbers:
-      why = os.strerror(number)
-      if getattr(error, 'errno', None) == number or why in str(error):
-        return why
-    for status in statuses:
-      if status in f'{type(error).__name__}: {error}':
-        return status
-    error = error.__cause__ or error.__context__
-  return ''

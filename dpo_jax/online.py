@@ -70,13 +70,13 @@ def run(config, workdir):
       are left to the loop.
     workdir: directory of all rounds; what is finished there is not redone.
   """
-  workdir = os.path.abspath(workdir)  # it is part of each round's config
   with workdirs.held(workdir):
     return _run(config, workdir)
 
 
 def _run(config, workdir):
   # -------------------------------------------------------------- config ----
+  workdir = os.path.abspath(workdir)  # it is part of each round's config
   prompts = read_prompts(config.prompts)
   seed, rounds = config.seed, config.rounds
   how, reward = dict(config.sampling), config.reward

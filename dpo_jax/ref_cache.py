@@ -199,7 +199,8 @@ def _reason(directory, made_of, name):
   """Says why log-probs are computed: what differs from those that are there."""
   title = f'reference log-probs, {name}: computed'
   nearest = None
-  for path in glob.glob(os.path.join(glob.escape(str(directory)), '*.json')):
+  names = glob.glob(os.path.join(glob.escape(str(directory)), '*.json'))
+  for path in sorted(names):
     try:
       with open(path) as f:
         other = json.load(f)

@@ -29,6 +29,7 @@ MACHINE = {
   'processes',
   'digests',
   'optim',
+  'causes',
   'checkpoint',
   'compile_check',
   'hlo',

@@ -198,7 +198,7 @@ class SubwordTokenizer:
     found = self._forbidden.keys() & set(ids)
     if found:
       raise ValueError(
-        f'plain text becomes the special token {self._forbidden[found.pop()]!r}'
+        f'plain text becomes the special token {self._forbidden[min(found)]!r}'
         ': data could forge it; correct the tokenizer files'
       )
     return ids
