@@ -431,10 +431,13 @@ class Checkpoints:
     if rated:
       kept.add(_best(rated))
     for step in there:
-      if step not in kept:  # at once, or a kill would leave a damaged one
+      if step not in kept:  # renamed, or a kill would leave a damaged one
         folder = self._directory / str(step)
-        folder.rename(folder.with_name(f'{step}{_REMOVED}'))
-        shutil.rmtree(folder.with_name(f'{step}{_REMOVED}'))
+        try:
+          folder.rename(folder.with_name(f'{step}{_REMOVED}'))
+        except OSError as error:  # no reason to end a run
+          _tell(f'checkpoint {step} is not removed: {causes.line(error)}')
+    self._remove_parts()
 
   def _remove_parts(self):
     """Removes what is neither a checkpoint nor was set aside."""

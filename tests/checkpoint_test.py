@@ -181,6 +181,23 @@ def test_the_last_n_and_the_best_are_kept(tmp_path):
     checkpoint.restore(tmp_path, shapes, which='best')
 
 
+def test_what_cannot_be_removed_ends_no_run(tmp_path, capsys):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+
+  def save(step):
+    checkpoints.save(step, items_of(step, rows_over(8)))
+    assert checkpoints.latest() == step
+
+  save(1)
+  (tmp_path / '1.removed' / 'in use').mkdir(parents=True)
+  save(2)
+  assert checkpoint.steps(tmp_path) == [1, 2]
+  assert 'checkpoint 1 is not removed' in capsys.readouterr().err
+  save(3)
+  checkpoints.close()
+  assert [path.name for path in tmp_path.iterdir()] == ['3']
+
+
 def test_the_best_of_a_max_ignores_nan_and_what_was_not_rated(tmp_path):
   where = rows_over(8)
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best='max:a')
