@@ -116,9 +116,8 @@ def assert_equal_runs(config, one, two):
   assert a.keys() == b.keys()
   for name, value in a.items():
     assert abs(value - b[name]) <= 1e-6 * max(1, abs(value)), name
-  params = policies.open_policy(
-    config, sharding.make_mesh(**config.mesh)
-  ).trained
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  params = policies.open_policy(config, mesh).trained
   ends = [workdirs.restore(w, {'params': params}) for w in (one, two)]
   assert ends[0][0] == ends[1][0]
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *ends)
@@ -197,6 +196,25 @@ def test_processes_equal_one_whatever_is_trained(
   assert values.keys() == last.keys()
   for name, value in last.items():
     assert abs(value - values[name]) <= 1e-6 * max(1, abs(value)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'devices, sizes', [(4, (2, 2, 2)), (1, (1, 1, 2))], ids=['within', 'across']
+)
+def test_a_tensor_axis_within_or_across_two_processes_equals_one(
+  tmp_path, devices, sizes
+):
+  changes = CHANGES | {f'mesh.{a}': n for a, n in zip(sharding.AXES, sizes)}
+  config = worlds.debug_config(tmp_path, **changes)
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  for number, workdir in [(1, one), (2, two)]:
+    arguments = ['train', *options(tmp_path, workdir, changes)]
+    codes, _, errors = outcome(
+      launch(number, arguments, devices=2 * devices // number)
+    )
+    assert codes == [0] * number, errors
+  assert_equal_runs(config, one, two)
 
 
 @pytest.mark.slow
@@ -316,9 +334,9 @@ def test_a_process_whose_devices_fail_ends_the_others_with_the_reason():
     lambda index: {'JAX_PLATFORMS': 'nowhere'} if index else {},
   )
   assert codes == [1, 1], errors
-  assert "Unknown backend: 'nowhere'" in errors[1]
+  assert "'nowhere' is not in the list" in errors[1]
   assert 'process 0 ends, as process 1 did' in errors[0]
-  assert "Unknown backend: 'nowhere'" in errors[0]
+  assert "'nowhere' is not in the list" in errors[0]
   assert seconds < ENDS
 
 
@@ -389,7 +407,7 @@ def test_a_sigterm_in_cpp_ends_all_processes(begin, body, message):
 
 def test_the_others_stop_at_once_whatever_the_one_with_the_sigterm_computes():
   codes, outs, errors, _ = together(
-    'with processes.heed_sigterm(grace=12.0):\n'
+    'with processes.heed_sigterm(grace=8.0):\n'
     '    processes.heed_by_poll()\n'
     '    processes.wait("both")\n'
     '    import signal, threading\n'
@@ -400,8 +418,8 @@ def test_the_others_stop_at_once_whatever_the_one_with_the_sigterm_computes():
     '      processes.poll(); print(number, flush=True); time.sleep(0.1)\n'
   )
   assert codes == [processes.PREEMPTED] * 2, errors
-  # Of the 13 s until the end it went on for some of the first 5.
-  assert 5 < int(outs[0].split()[-1]) < 70
+  # Of the 9 s until the end it went on for some of the first 5.
+  assert 5 < int(outs[0].split()[-1]) < 60
 
 
 @pytest.mark.slow  # a minute of waiting
