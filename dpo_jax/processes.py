@@ -75,8 +75,8 @@ def _group():
   if not _groups and jax.distributed.is_initialized():
     group = _Group()
     if group.count > 1:
-      group.watch.start()
       _groups.append(group)
+      group.watch.start()
   return _groups[0] if _groups else None
 
 

@@ -250,6 +250,8 @@ def _train(config, workdir, mesh):
         f'compiled for {shape.rows} rows of {shape.length} slots in'
         f' {time.perf_counter() - pause:.1f} s'
       )
+  # Who computes first waits 30 s for the others, gloo does, and no longer.
+  processes.wait('compiled')
   pending = []  # steps under way: (number, metrics on the device)
   done = first  # the step that made `state`; `measured`: what is due at it
   processes.heed_by_poll()
