@@ -195,8 +195,28 @@ def _train(config, workdir, mesh):
     else:
       at, items = workdirs.restore(resume, like)
     state = steps.restored_state(shapes, at, items)
-  checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
+
+  # ------------------------------------------------------------- compile ----
+  # All of it before the first step, since a compilation heeds no SIGTERM.
   first = int(state.step)
+  compiled = {}  # shape of a batch -> the step for it
+  for number in range(first + 1, num_steps + 1):
+    shape = plan.shape_of(number - 1)
+    if shape not in compiled:
+      batch = evaluators.put_batch(
+        plan, number - 1, mesh, ref_values=ref_values['train']
+      )
+      pause = time.perf_counter()
+      compiled[shape] = step.lower(state, frozen, batch).compile()
+      tqdm.tqdm.write(
+        f'compiled for {shape.rows} rows of {shape.length} slots in'
+        f' {time.perf_counter() - pause:.1f} s'
+      )
+  # Who computes first waits 30 s for the others, gloo does, and no longer.
+  processes.wait('compiled')
+
+  # ---------------------------------------------------------------- logs ----
+  checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
   own = [step for step in own if step <= first]  # those beyond were set aside
   writer = metrics.Nowhere()
   if processes.first():
@@ -236,22 +256,6 @@ def _train(config, workdir, mesh):
     writer.write(number, values, samples)
     return values
 
-  # All of it before the first step, since a compilation heeds no SIGTERM.
-  compiled = {}  # shape of a batch -> the step for it
-  for number in range(first + 1, num_steps + 1):
-    shape = plan.shape_of(number - 1)
-    if shape not in compiled:
-      batch = evaluators.put_batch(
-        plan, number - 1, mesh, ref_values=ref_values['train']
-      )
-      pause = time.perf_counter()
-      compiled[shape] = step.lower(state, frozen, batch).compile()
-      tqdm.tqdm.write(
-        f'compiled for {shape.rows} rows of {shape.length} slots in'
-        f' {time.perf_counter() - pause:.1f} s'
-      )
-  # Who computes first waits 30 s for the others, gloo does, and no longer.
-  processes.wait('compiled')
   pending = []  # steps under way: (number, metrics on the device)
   done = first  # the step that made `state`; `measured`: what is due at it
   processes.heed_by_poll()
