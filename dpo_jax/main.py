@@ -33,6 +33,7 @@ from dpo_jax import compilations
 from dpo_jax import conversions
 from dpo_jax import evaluators
 from dpo_jax import exports
+from dpo_jax import launches
 from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import policies
@@ -79,6 +80,11 @@ PROCESS_ID = flags.DEFINE_integer(
 START_TIMEOUT = flags.DEFINE_float(
   'start_timeout', 300.0, 'Seconds to wait until all processes are there.'
 )
+GRACE = flags.DEFINE_float(
+  'grace',
+  processes.GRACE,
+  'Seconds after a SIGTERM until a step or a compilation is given up.',
+)
 CHECKPOINT = flags.DEFINE_string(
   'checkpoint',
   'newest',
@@ -99,7 +105,10 @@ PROMPT = flags.DEFINE_multi_string('prompt', [], 'sample: text to continue.')
 def prepare(config, workdir):
   """Shows what training would read, keep and drop, and in which rows."""
   del workdir  # nothing is written but the data cache
-  mesh = sharding.make_mesh(**config.mesh)
+  # As few devices as the config allows: to ask which are here would start them,
+  # and those of a pod wait for each other.
+  sizes = {axis: max(1, size) for axis, size in dict(config.mesh).items()}
+  mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
   model = policies.open_source(config.model.source)
   tokenizer = policies.templated(model.tokenizer, config.data.chat_template)
   terms = runs.bind_losses(config)
@@ -107,7 +116,7 @@ def prepare(config, workdir):
   plan = train.training_plan(
     config, groups['train'], mesh, window=model.config.window
   )
-  print(f'{report}\n\ntrain: {plan.summary()}')
+  print(f'{report}\n\ntrain: {plan.summary()}; mesh axes of -1 taken as 1')
 
 
 def sample(config, workdir):
@@ -181,13 +190,13 @@ def compile_step(config, workdir):
 
 def train_and_print(config, workdir):
   """Trains in `workdir`."""
-  print(json.dumps(config.as_dict(), indent=2))
+  print(json.dumps(config.as_dict(), indent=2), flush=True)
   train.train(config, _needed(workdir))
 
 
 def online_and_print(config, workdir):
   """Runs the rounds of an online config in `workdir`."""
-  print(json.dumps(config.as_dict(), indent=2))
+  print(json.dumps(config.as_dict(), indent=2), flush=True)
   print(online.run(config, _needed(workdir)))
 
 
@@ -257,28 +266,27 @@ def main(argv):
       f'--checkpoint is for {", ".join(READERS)}; {argv[1]} goes on from the'
       ' newest one'
     )
-  join_processes(argv[1])
+  launch = launches.find(
+    COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ
+  )
+  if argv[1] not in SHARED_VERBS and launch.how not in ('alone', 'TPU'):
+    raise ValueError(
+      f'{argv[1]} runs as one process, and this is one of several'
+      f' ({launch.how}); run it once, with --num_processes=1'
+    )
   if argv[1] in BARE_VERBS:
     verb(argv[2:])
     return
   if CONFIG.value is None:
     raise ValueError('a verb needs --config=FILE, such as configs/sft.py')
-  verb(settings.Settings(CONFIG.value.to_dict()), WORKDIR.value)
-  processes.finish()
-
-
-def join_processes(verb):
-  """Starts JAX over all processes, if there are several."""
-  launch = processes.find(
-    COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, os.environ
-  )
-  if verb in SHARED_VERBS:
-    processes.start(launch, timeout=START_TIMEOUT.value)
-  elif launch.how not in ('alone', 'TPU'):
-    raise ValueError(
-      f'{verb} runs as one process, and this is one of several'
-      f' ({launch.how}); run it once, with --num_processes=1'
-    )
+  config = settings.Settings(CONFIG.value.to_dict())
+  if argv[1] not in SHARED_VERBS:
+    verb(config, WORKDIR.value)
+    return
+  with processes.heed_sigterm(grace=GRACE.value):
+    launches.start(launch, timeout=START_TIMEOUT.value)
+    verb(config, WORKDIR.value)
+    processes.finish()
 
 
 def run():
@@ -298,11 +306,11 @@ def ends_all(function):
   try:
     function()
   except processes.Preempted as stop:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one of the others'
     text = f'{stop.what}; start it again to go on'
     if not stop.together:
       processes.fail(text, processes.PREEMPTED)
     print(f'dpo-jax: {text}', file=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one of the others'
     processes.finish()
     raise
   except MISTAKES as error:

@@ -70,7 +70,7 @@ def run(config, workdir):
       are left to the loop.
     workdir: directory of all rounds; what is finished there is not redone.
   """
-  with workdirs.held(workdir):
+  with workdirs.held(workdir), processes.heed_sigterm():
     return _run(config, workdir)
 
 
@@ -130,6 +130,7 @@ def _run(config, workdir):
 
     # --------------------------------------------------------------- train ----
     train.train(round_config, os.path.join(directory, 'train'))
+    processes.poll()
 
     # -------------------------------------------------- multiplier, report ----
     priced = {}
@@ -283,7 +284,10 @@ def write_pairs(
       top_p=top_p,
       eos_id=tokenizer.eos_ids,
       batch_size=batch_size,
-      on_batch=lambda done: progress.update(done - progress.n),
+      on_batch=lambda done: (
+        progress.update(done - progress.n),
+        processes.poll(),
+      ),
     )
   responses = evaluators.response_texts(samples, tokenizer)
   values = rewards.score(reward, repeated, responses)

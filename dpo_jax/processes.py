@@ -1,17 +1,16 @@
-"""Several processes of one run: how they find each other, agree, and end.
+"""Several processes of one run: how they agree, and end.
 
-JAX computes over the devices of all of them; this is for what is beside that:
-one writes and the others wait, all hold the same data, all stop after the same
-step, and none outlives the others. It goes through the key-value store of the
-service that `jax.distributed` starts in process 0. With one process there is
-nothing to agree on and all of this does nothing.
+`launches` lets them find each other, and JAX computes over the devices of all;
+this is for what is beside that: one writes and the others wait, all hold the
+same data, all stop after the same step, and none outlives the others. It goes
+through the key-value store of the service that `jax.distributed` starts in
+process 0. With one process there is nothing to agree on, and what is left is to
+heed a SIGTERM.
 """
 
+import concurrent.futures
 import contextlib
-import dataclasses
-import glob
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -26,6 +25,10 @@ import jax
 PREEMPTED = 75  # exit status: saved, start again (EX_TEMPFAIL of sysexits.h)
 _BEAT = 1.0  # seconds between signs of life
 _LOST = 30  # beats without one after which a process is given up
+# Seconds after a SIGTERM until a process ends whose main thread is still in
+# C++, say in a compilation. Google Cloud's spot machines give 30.
+GRACE = 25.0
+_SOON = 5.0  # the same where nothing is there to be saved
 _FOREVER = 7 * 24 * 3600 * 1000  # ms: whoever waits is ended by `_Watch`
 AGAIN = (
   'see the logs of the others, and start all again: a run goes on from its last'
@@ -46,159 +49,6 @@ class Preempted(SystemExit):
     self.together = together
 
 
-# --- Start -------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-  """Who is in a run: how it is known, and what of it is known already."""
-
-  how: str  # 'alone', 'explicit', or who tells JAX the rest
-  coordinator: str | None = None
-  number: int | None = None
-  index: int | None = None
-
-
-def find(coordinator, number, index, environment) -> Launch:
-  """Decides from flags (None: not given) and the environment who is in a run.
-
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID stand for flags
-  that are not given; one process is always alone.
-  """
-
-  def number_of(name):
-    text = environment.get(name)
-    if text is not None and not text.isdecimal():
-      raise ValueError(f'${name} is {text!r}; it is a number')
-    return None if text is None else int(text)
-
-  given = {
-    '--coordinator': coordinator or environment.get('JAX_COORDINATOR_ADDRESS'),
-    '--num_processes': number_of('JAX_NUM_PROCESSES')
-    if number is None
-    else number,
-    '--process_id': number_of('JAX_PROCESS_ID') if index is None else index,
-  }
-  coordinator, number, index = given.values()
-  if number == 1 and not index:
-    return Launch('alone')
-  missing = [name for name, value in given.items() if value is None]
-  if len(missing) < len(given):
-    if missing:
-      raise ValueError(
-        f'{" and ".join(set(given) - set(missing))} needs'
-        f' {" and ".join(missing)} too; give all three to every process, or'
-        ' none where SLURM or a TPU pod says who takes part'
-      )
-    _check_explicit(coordinator, number, index)
-    return Launch('explicit', coordinator, number, index)
-  steps = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_LOCALID')
-  if all(name in environment for name in steps):
-    number, index = number_of('SLURM_NTASKS'), number_of('SLURM_PROCID')
-    return (
-      Launch('alone') if number == 1 else Launch('SLURM', None, number, index)
-    )
-  if 'OMPI_MCA_orte_hnp_uri' in environment:
-    number = number_of('OMPI_COMM_WORLD_SIZE')
-    index = number_of('OMPI_COMM_WORLD_RANK')
-    return (
-      Launch('alone') if number == 1 else Launch('MPI', None, number, index)
-    )
-  # Not by asking JAX, which would start the TPU before the processes are one.
-  if importlib.util.find_spec('libtpu') and (
-    glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*')
-  ):
-    return Launch('TPU')
-  return Launch('alone')
-
-
-def _check_explicit(coordinator, number, index):
-  host, colon, port = coordinator.rpartition(':')
-  if not host or not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-    raise ValueError(
-      f'--coordinator is {coordinator!r}; write HOST:PORT, where process 0 runs'
-      ' and a free port there'
-    )
-  if number < 1:
-    raise ValueError(f'--num_processes is {number}; use 1 or more')
-  if not 0 <= index < number:
-    raise ValueError(
-      f'--process_id is {index}, but of {number} processes it is one of 0 to'
-      f' {number - 1}'
-    )
-  try:
-    socket.getaddrinfo(host.strip('[]'), int(port))
-  except OSError as error:
-    raise ValueError(
-      f'--coordinator names the host {host!r}, which this machine does not know'
-      f' ({error.strerror}); give the name or address of process 0'
-    ) from error
-  if index == 0:
-    with socket.socket() as probe:
-      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      try:
-        probe.bind(('', int(port)))
-      except OSError as error:
-        raise ValueError(
-          f'port {port} of --coordinator is taken on this machine'
-          f' ({error.strerror}); choose another'
-        ) from error
-
-
-def start(launch: Launch, *, timeout: float):
-  """Joins the processes of a run; before anything asks JAX for devices.
-
-  From here on this process ends when another one does. Only process 0 writes to
-  the screen, but for what ends the others.
-
-  Args:
-    launch: of `find`.
-    timeout: seconds to wait until all are there.
-  """
-  if launch.how == 'alone':
-    return
-  # Python handles SIGTERM here; JAX's service would take it away.
-  jax.config.update('jax_enable_preemption_service', False)
-  late = threading.Timer(timeout, _give_up, (launch, timeout))
-  late.daemon = True
-  late.start()
-  try:
-    # Its own timeout aborts with a stack trace, so ours comes first.
-    jax.distributed.initialize(
-      launch.coordinator,
-      launch.number,
-      launch.index,
-      initialization_timeout=int(timeout) + 60,
-      heartbeat_timeout_seconds=50,  # for who dies before `_Watch` knew it
-    )
-  except ValueError:
-    if launch.how != 'TPU':
-      raise
-    return  # one TPU host that knows of no others
-  finally:
-    late.cancel()
-  if jax.process_count() > 1:
-    _group()
-    if jax.process_index():
-      sys.stdout = sys.stderr = open(os.devnull, 'w')
-  print(
-    f'{jax.process_count()} processes, {jax.device_count()} devices, of which'
-    f' {jax.local_device_count()} are of process {jax.process_index()}'
-  )
-
-
-def _give_up(launch, timeout):
-  me = 'this process' if launch.index is None else f'process {launch.index}'
-  rest = 'the others' if launch.index == 0 else 'process 0'
-  where = launch.coordinator or f'where {launch.how} says it is'
-  _say(
-    f'{me} waited {timeout:g} s for {rest} and gave up; start all'
-    f' {launch.number or ""} processes with the same --coordinator (process 0:'
-    f' {where}) within --start_timeout, and let the port through'
-  )
-  os._exit(1)
-
-
 # --- Together ----------------------------------------------------------------
 
 
@@ -209,8 +59,10 @@ class _Group:
     # Orbax reaches the key-value store this way too; there is no public one.
     from jax._src import distributed
 
-    self.client = distributed.global_state.client
-    self.index, self.count = jax.process_index(), jax.process_count()
+    # Asking JAX for them would start its devices, which may be what failed.
+    state = distributed.global_state
+    self.client = state.client
+    self.index, self.count = state.process_id, state.num_processes
     self.numbers = itertools.count()
     self.watch = _Watch(self)
 
@@ -220,12 +72,26 @@ _groups = []
 
 def _group():
   """Returns the group of this process, None if it is alone."""
-  # Without the service there is one process, and JAX is not asked, which would
-  # start a device.
   if not _groups and jax.distributed.is_initialized():
-    if jax.process_count() > 1:
-      _groups.append(_Group())
+    group = _Group()
+    if group.count > 1:
+      _groups.append(group)
+      group.watch.start()
   return _groups[0] if _groups else None
+
+
+def _called(function, *args):
+  """Calls what waits in C++, where the main thread would heed no signal."""
+  future = concurrent.futures.Future()
+
+  def call():
+    try:
+      future.set_result(function(*args))
+    except Exception as error:
+      future.set_exception(error)
+
+  threading.Thread(target=call, daemon=True).start()
+  return future.result()
 
 
 def alone() -> bool:
@@ -242,7 +108,7 @@ def wait(what):
   """Waits until every process is here."""
   if group := _group():
     name = f'dpo_jax/{next(group.numbers)}/{what}'
-    group.client.wait_at_barrier(name, _FOREVER)
+    _called(group.client.wait_at_barrier, name, _FOREVER)
 
 
 def agreed(value):
@@ -253,7 +119,7 @@ def agreed(value):
   key = f'dpo_jax/said/{next(group.numbers)}'
   if group.index == 0:
     group.client.key_value_set(key, json.dumps(value))
-  return json.loads(group.client.blocking_key_value_get(key, _FOREVER))
+  return json.loads(_called(group.client.blocking_key_value_get, key, _FOREVER))
 
 
 def gathered(value) -> list:
@@ -264,7 +130,9 @@ def gathered(value) -> list:
   key = f'dpo_jax/gathered/{next(group.numbers)}'
   group.client.key_value_set(f'{key}/{group.index}', json.dumps(value))
   return [
-    json.loads(group.client.blocking_key_value_get(f'{key}/{i}', _FOREVER))
+    json.loads(
+      _called(group.client.blocking_key_value_get, f'{key}/{i}', _FOREVER)
+    )
     for i in range(group.count)
   ]
 
@@ -307,11 +175,11 @@ def finish():
 
 
 def fail(text, status=1):
-  """Ends this process and, with the same exit status, all others."""
-  group = _group()
-  if not group:
+  """Ends this process and, with the same exit status, all it has joined."""
+  if not _groups:  # nor are they looked for, now that something is wrong
     return
-  _say(text if first() else f'process {group.index}: {text}')
+  group = _groups[0]
+  say(text if first() else f'process {group.index}: {text}')
   group.watch.end()
   with contextlib.suppress(Exception):
     what = 'preempted' if status == PREEMPTED else 'failed'
@@ -323,7 +191,7 @@ def fail(text, status=1):
   _leave(status)
 
 
-def _say(text):
+def say(text):
   print(f'dpo-jax: {text}', file=sys.__stderr__, flush=True)
 
 
@@ -348,6 +216,8 @@ class _Watch:
     self._ended = threading.Event()
     self._beats = {}  # process: (its last sign, our beats since)
     self._thread = threading.Thread(target=self._run, daemon=True)
+
+  def start(self):
     self._thread.start()
 
   def end(self):
@@ -374,12 +244,12 @@ class _Watch:
         if self._ended.is_set():
           return
         first_line = str(error).splitlines()[0]
-        _say(f'process {group.index} lost the others ({first_line}); {AGAIN}')
+        say(f'process {group.index} lost the others ({first_line}); {AGAIN}')
         _leave(1)
       for what, status in _STATUS.items():
         if what in news:
           index, text = news[what]
-          _say(f'process {group.index} ends, as process {index} did: {text}')
+          say(f'process {group.index} ends, as process {index} did: {text}')
           time.sleep(2 * _BEAT if group.index == 0 else 0)
           _leave(status)
       if lost is not None:
@@ -405,66 +275,120 @@ class _Stop:
   """When to stop: at the same call of `poll` in all processes."""
 
   def __init__(self):
+    self.heeding = False
     self.polled = False
-    self._wanted = False
+    self.wanted = False
+    self.back = threading.Event()  # the main thread saves, or is done
     self._calls = 0
+    self._said = False  # to the others, at which call this one is
     self._last = None  # the call at which all stop
     self._lock = threading.Lock()
+    self._settled = threading.Event()
 
   def handle(self, *_):
-    """Of the signal."""
+    """Of the signal, once the main thread is in Python."""
+    self.wanted = True  # first: a callback of C++ may swallow what is raised
     if not self.polled:
-      raise Preempted('SIGTERM before the first step', together=False)
-    self._wanted = True
+      raise Preempted('SIGTERM, with nothing to save', together=False)
+
+  def listen(self, signals, grace):
+    """Of the signal at once, in a thread, until `signals` is closed."""
+    while number := signals.recv(1):
+      if number[0] != signal.SIGTERM:
+        continue
+      self.wanted = True
+      seconds = grace if self.polled else min(grace, _SOON)
+      if not self.back.wait(seconds):
+        text = (
+          f'SIGTERM, and {seconds:g} s later still in one computation or'
+          ' compilation, so nothing more is saved'
+        )
+        fail(text, PREEMPTED)
+        say(text)
+        _leave(PREEMPTED)
 
   def reached(self):
     if not _group():
-      return self._wanted
+      return self.wanted
     with self._lock:
       self._calls += 1
-      return self._calls == self._last
+      held = self._said
+    if held:
+      self._settled.wait()
+    return self._last is not None and self._calls >= self._last
 
   def settle(self, group, *, known):
     """Agrees with the others on the call: the next one of who is furthest.
 
     Every process holds still, at its next call, from when it says where it is
     until it has heard of all others. `known`: all know that one wants to stop.
+    Called at every beat.
     """
     if self._last is not None:
       return
-    if self._wanted and not known:
-      group.client.key_value_set(
-        'dpo_jax/news/stop', json.dumps(group.index), allow_overwrite=True
-      )
-    if known:
-      with self._lock:
-        key = 'dpo_jax/calls'
-        group.client.key_value_set(f'{key}/{group.index}', str(self._calls))
-        calls = [
-          int(group.client.blocking_key_value_get(f'{key}/{i}', 30_000))
-          for i in range(group.count)
-        ]
-        self._last = max(calls) + 1
+    if not known:
+      if self.wanted and self.polled:
+        group.client.key_value_set(
+          'dpo_jax/news/stop', json.dumps(group.index), allow_overwrite=True
+        )
+      return
+    with self._lock:
+      self._said, calls = True, self._calls
+    group.client.key_value_set(
+      f'dpo_jax/calls/{group.index}', str(calls), allow_overwrite=True
+    )
+    said = group.client.key_value_dir_get('dpo_jax/calls/')
+    if len(said) == group.count:
+      self._last = max(int(value) for _, value in said) + 1
+      self._settled.set()
 
 
 _STOP = _Stop()
 
 
 @contextlib.contextmanager
-def heed_sigterm():
+def heed_sigterm(*, grace=GRACE):
   """Within, a SIGTERM raises `Preempted`.
 
-  At once, or, from `heed_by_poll` on, when all processes `poll`.
+  At once, or, from `heed_by_poll` on, when all processes `poll`. A process that
+  has not come so far after `grace` seconds, because its main thread is in C++,
+  ends with the same status and saves nothing. Within another one, this one's
+  end only ends what `heed_by_poll` began.
   """
-  before = None
-  if threading.current_thread() is threading.main_thread():
-    before = signal.signal(signal.SIGTERM, _STOP.handle)
+  main = threading.current_thread() is threading.main_thread()
+  outer = _heeding(grace) if main and not _STOP.heeding else None
+  with outer or contextlib.nullcontext():
+    try:
+      yield
+    finally:
+      _STOP.polled = False
+
+
+@contextlib.contextmanager
+def _heeding(grace):
+  _STOP.heeding, _STOP.wanted = True, False
+  _STOP.back.clear()
+  # Python's handler runs when the main thread is back from C++; what C writes
+  # to this file is read at once.
+  signals, written = socket.socketpair()
+  written.setblocking(False)
+  file = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+  before = signal.signal(signal.SIGTERM, _STOP.handle)
+  listener = threading.Thread(
+    target=_STOP.listen, args=(signals, grace), daemon=True
+  )
+  listener.start()
   try:
     yield
   finally:
-    _STOP.polled = False
+    _STOP.heeding = False
+    _STOP.back.set()
     if before is not None:
       signal.signal(signal.SIGTERM, before)
+    signal.set_wakeup_fd(file)
+    written.close()
+    listener.join()
+    signals.close()
 
 
 def heed_by_poll():
@@ -475,7 +399,11 @@ def heed_by_poll():
 def poll():
   """Raises `Preempted` where all processes have agreed to stop.
 
-  All call it equally often, between the same steps of their work.
+  All call it equally often, between the same steps of their work. Before
+  `heed_by_poll` each raises for itself.
   """
   if _STOP.polled and _STOP.reached():
+    _STOP.back.set()
     raise Preempted('SIGTERM', together=True)
+  if not _STOP.polled and _STOP.wanted:
+    raise Preempted('SIGTERM, with nothing to save', together=False)

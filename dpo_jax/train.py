@@ -199,8 +199,28 @@ def _train(config, workdir, mesh):
     else:
       at, items = workdirs.restore(resume, like)
     state = steps.restored_state(shapes, at, items)
-  checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
+
+  # ------------------------------------------------------------- compile ----
+  # All of it before the first step, since a compilation heeds no SIGTERM.
   first = int(state.step)
+  compiled = {}  # shape of a batch -> the step for it
+  for number in range(first + 1, num_steps + 1):
+    shape = plan.shape_of(number - 1)
+    if shape not in compiled:
+      batch = evaluators.put_batch(
+        plan, number - 1, mesh, ref_values=ref_values['train']
+      )
+      pause = time.perf_counter()
+      compiled[shape] = step.lower(state, frozen, batch).compile()
+      tqdm.tqdm.write(
+        f'compiled for {shape.rows} rows of {shape.length} slots in'
+        f' {time.perf_counter() - pause:.1f} s'
+      )
+  # Who computes first waits 30 s for the others, gloo does, and no longer.
+  processes.wait('compiled')
+
+  # ---------------------------------------------------------------- logs ----
+  checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
   own = [step for step in own if step <= first]  # those beyond were set aside
   writer = metrics.Nowhere()
   if processes.first():
@@ -240,7 +260,6 @@ def _train(config, workdir, mesh):
     writer.write(number, values, samples)
     return values
 
-  compiled = {}  # shape of a batch -> the step for it
   pending = []  # steps under way: (number, metrics on the device)
   done = first  # the step that made `state`; `measured`: what is due at it
   processes.heed_by_poll()
@@ -259,15 +278,6 @@ def _train(config, workdir, mesh):
         plan, number - 1, mesh, ref_values=ref_values['train']
       )
       shape = plan.shape_of(number - 1)
-      pause = time.perf_counter()
-      if shape not in compiled:
-        compiled[shape] = step.lower(state, frozen, batch).compile()
-        pause = time.perf_counter() - pause
-        tqdm.tqdm.write(
-          f'compiled for {shape.rows} rows of {shape.length} slots in'
-          f' {pause:.1f} s'
-        )
-        clock += pause
       state, values = compiled[shape](state, frozen, batch)
       done, measured = number, not due('evaluate', number)
       # Only now that the next step is under way is the log waited for, so that
@@ -283,11 +293,13 @@ def _train(config, workdir, mesh):
           ratings = measure(number)
           measured = True
         if due('save', number):
+          writer.sync()
           checkpoints.save(number, steps.saved(state), values=ratings)
         clock += time.perf_counter() - pause
   except processes.Preempted as stop:
     finish(pending)
     if done > max(own, default=0) and done != checkpoints.newest:
+      writer.sync()
       checkpoints.save(done, steps.saved(state), measured=measured)
     stop.what = f'SIGTERM after step {done} of {num_steps}'
     if done in (checkpoints.newest, *own):

@@ -27,6 +27,7 @@ MACHINE = {
   'accounting',
   'sharding',
   'processes',
+  'launches',
   'digests',
   'optim',
   'causes',

@@ -1,4 +1,5 @@
 import json
+import os
 
 from dpo_jax import metrics
 
@@ -23,6 +24,23 @@ def test_what_a_killed_process_wrote_too_much_is_removed(tmp_path):
   samples = metrics.read(tmp_path, 'samples.jsonl')
   assert [s['step'] for s in samples] == [0, 1, 2]
   assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):
+  on_disk = {}
+
+  def fsync(file):
+    for path in tmp_path.glob('*.jsonl'):
+      if os.path.sameopenfile(file, os.open(path, os.O_RDONLY)):
+        on_disk[path.name] = path.read_text()
+
+  writer = metrics.Writer(tmp_path, after=-1)
+  writer.write(1, {'train/loss': 0.5}, [{'response': 'text'}])
+  monkeypatch.setattr(os, 'fsync', fsync)
+  writer.sync()
+  assert json.loads(on_disk['metrics.jsonl'])['step'] == 1
+  assert json.loads(on_disk['samples.jsonl'])['response'] == 'text'
+  writer.close()
 
 
 def test_a_missing_file_has_no_records(tmp_path):

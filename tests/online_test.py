@@ -1,5 +1,8 @@
+import contextlib
 import json
 import shutil
+import signal
+import types
 
 import numpy as np
 import pytest
@@ -7,9 +10,13 @@ import pytest
 from configs import constrained
 from configs import quickstart
 from dpo_jax import constraints
+from dpo_jax import metrics
 from dpo_jax import online
+from dpo_jax import processes
 from dpo_jax import rewards
+from dpo_jax import sampling
 from dpo_jax import settings
+from dpo_jax import train
 from dpo_jax import workdirs
 
 
@@ -354,3 +361,55 @@ def test_without_a_constraint_pairs_are_those_of_multiplier_zero(
     {name: value for name, value in row.items() if name != 'cost'}
     for row in costly
   ]
+
+
+def swallowed_sigterm():
+  """A SIGTERM whose exception is lost, as in a callback of C++."""
+  assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+  with contextlib.suppress(processes.Preempted):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_sigterm_ends_the_rounds_wherever_it_comes_and_loses_nothing(
+  constrained_run, monkeypatch
+):
+  folder, text = constrained_run
+  generate, write = sampling.generate, metrics.Writer.write
+  second = folder / 'run' / 'round_2'
+  pairs = (second / 'pairs.jsonl').read_bytes()
+  shutil.rmtree(second)
+
+  def train_and_signal(*args):
+    train.train(*args)
+    swallowed_sigterm()
+
+  def generate_and_signal(*args, on_batch, **keywords):
+    def signal_first(done):
+      swallowed_sigterm()
+      on_batch(done)
+
+    return generate(*args, on_batch=signal_first, **keywords)
+
+  def write_and_signal(*args):
+    swallowed_sigterm()
+    write(*args)
+
+  def preempted(owner, name, value):
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, value)
+      with pytest.raises(processes.Preempted) as stop:
+        online.run(constrained_config(folder), str(folder / 'run'))
+    assert stop.value.code == processes.PREEMPTED
+    return stop.value.what
+
+  # After the training of round 1, in the sampling of round 2, in its training.
+  fake = types.SimpleNamespace
+  preempted(online, 'train', fake(train=train_and_signal))
+  assert not second.exists()
+  preempted(online, 'sampling', fake(generate=generate_and_signal))
+  assert not second.exists()
+  what = preempted(metrics.Writer, 'write', write_and_signal)
+  assert 'SIGTERM after step 0 of 1' in what
+  assert (second / 'pairs.jsonl').read_bytes() == pairs
+  assert online.run(constrained_config(folder), str(folder / 'run')) == text
+  assert (second / 'train' / 'metrics.jsonl').exists()

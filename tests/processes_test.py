@@ -118,9 +118,8 @@ def assert_equal_runs(config, one, two, *, but=()):
     if name[1] in but:
       continue
     assert abs(value - b[name]) <= 1e-6 * max(1, abs(value)), name
-  params = policies.open_policy(
-    config, sharding.make_mesh(**config.mesh)
-  ).trained
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  params = policies.open_policy(config, mesh).trained
   ends = [workdirs.restore(w, {'params': params}) for w in (one, two)]
   assert ends[0][0] == ends[1][0]
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *ends)
@@ -202,6 +201,25 @@ def test_processes_equal_one_whatever_is_trained(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  'devices, sizes', [(4, (2, 2, 2)), (1, (1, 1, 2))], ids=['within', 'across']
+)
+def test_a_tensor_axis_within_or_across_two_processes_equals_one(
+  tmp_path, devices, sizes
+):
+  changes = CHANGES | {f'mesh.{a}': n for a, n in zip(sharding.AXES, sizes)}
+  config = worlds.debug_config(tmp_path, **changes)
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  for number, workdir in [(1, one), (2, two)]:
+    arguments = ['train', *options(tmp_path, workdir, changes)]
+    codes, _, errors = outcome(
+      launch(number, arguments, devices=2 * devices // number)
+    )
+    assert codes == [0] * number, errors
+  assert_equal_runs(config, one, two)
+
+
+@pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_four_to_one(tmp_path):
   one, moved = tmp_path / 'one', tmp_path / 'moved'
   changes = CHANGES | {'checkpoint.every': 2, 'checkpoint.keep': 9}
@@ -224,12 +242,12 @@ def test_a_run_moves_from_eight_devices_to_four_to_one(tmp_path):
 TOGETHER = """
 import os, sys, time
 import jax
-from dpo_jax import main, processes
+from dpo_jax import launches, main, processes
 
 def verb():
   index = int(sys.argv[2])
-  processes.start(
-    processes.find('127.0.0.1:' + sys.argv[1], 2, index, os.environ),
+  launches.start(
+    launches.find('127.0.0.1:' + sys.argv[1], 2, index, os.environ),
     timeout=60,
   )
   print('joined', flush=True)
@@ -240,13 +258,16 @@ main.ends_all(verb)
 """
 
 
-def together(body):
-  """Runs a few lines in two processes: (statuses, outputs, errors, seconds)."""
+def together(body, more=lambda _: {}):
+  """Runs a few lines in two processes: (statuses, outputs, errors, seconds).
+
+  `more` (which process) -> of its environment.
+  """
   port, begun = str(free_port()), time.monotonic()
   started = [
     subprocess.Popen(
       [sys.executable, '-c', TOGETHER.format(body=body), port, str(index)],
-      env=environment(1),
+      env=environment(1) | more(index),
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -312,6 +333,100 @@ def test_processes_that_differ_refuse_to_go_on():
   assert 'process 1 and process 0: their configs differ' in errors[0]
 
 
+def test_a_process_whose_devices_fail_ends_the_others_with_the_reason():
+  codes, _, errors, seconds = together(
+    'processes.wait("for ever")\n',
+    lambda index: {'JAX_PLATFORMS': 'nowhere'} if index else {},
+  )
+  assert codes == [1, 1], errors
+  assert "'nowhere' is not in the list" in errors[1]
+  assert 'process 0 ends, as process 1 did' in errors[0]
+  assert "'nowhere' is not in the list" in errors[0]
+  assert seconds < ENDS
+
+
+# --- SIGTERM -----------------------------------------------------------------
+
+# What the main thread does in C++: for ever, or until the others come.
+IN_C = {
+  'a computation': (
+    'jax.block_until_ready('
+    'jax.lax.while_loop(lambda x: x >= 0, lambda x: x + 1e-9, 1.0))'
+  ),
+  'a wait': 'processes.wait("for ever")',
+}
+SIGNALLED = """
+import os, signal, threading, time
+import jax
+from dpo_jax import main, processes
+
+def verb():
+  with processes.heed_sigterm(grace=3.0):
+    {begin}
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    {body}
+
+main.ends_all(verb)
+"""
+
+
+@pytest.mark.parametrize('begin', ['pass', 'processes.heed_by_poll()'])
+def test_a_sigterm_ends_a_process_that_does_not_come_back(begin):
+  begun = time.monotonic()
+  result = subprocess.run(
+    [sys.executable, '-c']
+    + [SIGNALLED.format(begin=begin, body=IN_C['a computation'])],
+    env=environment(1),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=ENDS,
+  )
+  assert result.returncode == processes.PREEMPTED, result.stderr
+  assert 'SIGTERM, and 3 s later still' in result.stderr
+  assert time.monotonic() - begun < ENDS
+
+
+@pytest.mark.parametrize(
+  'begin, body, message',
+  [
+    ('pass', 'a wait', 'SIGTERM, with nothing to save'),
+    ('processes.heed_by_poll()', 'a computation', '3 s later still'),
+  ],
+)
+def test_a_sigterm_in_cpp_ends_all_processes(begin, body, message):
+  codes, _, errors, seconds = together(
+    'with processes.heed_sigterm(grace=3.0):\n'
+    f'    {begin}\n'
+    '    if index == 0: processes.agreed(1); time.sleep(100)\n'
+    '    processes.agreed(1)\n'
+    '    import signal, threading\n'
+    '    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n'
+    f'    {IN_C[body]}\n'
+  )
+  assert codes == [processes.PREEMPTED] * 2, errors
+  assert message in errors[0] and message in errors[1]
+  assert seconds < ENDS
+
+
+def test_the_others_stop_at_once_whatever_the_one_with_the_sigterm_computes():
+  codes, outs, errors, _ = together(
+    'with processes.heed_sigterm(grace=8.0):\n'
+    '    processes.heed_by_poll()\n'
+    '    processes.wait("both")\n'
+    '    import signal, threading\n'
+    '    if index:\n'
+    '      threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n'
+    f'      {IN_C["a computation"]}\n'
+    '    for number in range(10_000):\n'
+    '      processes.poll(); print(number, flush=True); time.sleep(0.1)\n'
+  )
+  assert codes == [processes.PREEMPTED] * 2, errors
+  # Of the 9 s until the end it went on for some of the first 5.
+  assert 5 < int(outs[0].split()[-1]) < 60
+
+
 @pytest.mark.slow  # a minute of waiting
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_killed_process_ends_those_that_wait_within_a_minute(victim):
@@ -341,84 +456,6 @@ def test_a_process_killed_in_training_ends_the_others(tmp_path, victim):
   assert time.monotonic() - begun < ENDS
   assert codes[1 - victim] not in (0, None)
   assert 'dpo-jax:' in errors[1 - victim] or 'died' in errors[1 - victim]
-
-
-@pytest.mark.parametrize(
-  'flags, environment, message',
-  [
-    (('host', 2, 0), {}, 'write HOST:PORT'),
-    (('127.0.0.1:99999', 2, 0), {}, 'write HOST:PORT'),
-    (('no-such-host.invalid:1234', 2, 0), {}, 'which this machine does not'),
-    (('127.0.0.1:1234', 2, 2), {}, 'it is one of 0 to 1'),
-    (('127.0.0.1:1234', 2, -1), {}, 'it is one of 0 to 1'),
-    (('127.0.0.1:1234', 0, 0), {}, 'use 1 or more'),
-    ((None, 2, 0), {}, 'needs --coordinator too'),
-    (('127.0.0.1:1234', None, None), {}, 'needs --num_processes and'),
-    ((None, None, None), {'JAX_NUM_PROCESSES': 'two'}, 'it is a number'),
-    ((None, None, None), {'JAX_PROCESS_ID': '1'}, 'needs --coordinator and'),
-  ],
-)
-def test_bad_addresses_and_numbers_name_the_fix(flags, environment, message):
-  with pytest.raises(ValueError, match=message):
-    processes.find(*flags, environment)
-
-
-SLURM = {
-  'SLURM_JOB_ID': '7',
-  'SLURM_STEP_NODELIST': 'node[1-2]',
-  'SLURM_LOCALID': '0',
-  'SLURM_NTASKS': '2',
-  'SLURM_PROCID': '1',
-}
-
-
-@pytest.mark.parametrize(
-  'flags, environment, found',
-  [
-    ((None, None, None), {}, ('alone', None, None)),
-    ((None, 1, None), SLURM, ('alone', None, None)),
-    ((None, None, None), SLURM, ('SLURM', 2, 1)),
-    ((None, None, None), SLURM | {'SLURM_NTASKS': '1'}, ('alone', None, None)),
-    (
-      (None, None, None),
-      {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '2'},  # a batch script, no srun
-      ('alone', None, None),
-    ),
-    (('127.0.0.1:1', 2, 1), SLURM, ('explicit', 2, 1)),
-    (
-      (None, None, None),
-      {
-        'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1',
-        'JAX_NUM_PROCESSES': '3',
-        'JAX_PROCESS_ID': '2',
-      },
-      ('explicit', 3, 2),
-    ),
-    (
-      (None, None, None),
-      {
-        'OMPI_MCA_orte_hnp_uri': 'x',
-        'OMPI_COMM_WORLD_SIZE': '4',
-        'OMPI_COMM_WORLD_RANK': '3',
-      },
-      ('MPI', 4, 3),
-    ),
-  ],
-)
-def test_who_takes_part_is_known_from_flags_or_the_environment(
-  flags, environment, found
-):
-  launch = processes.find(*flags, environment)
-  assert (launch.how, launch.number, launch.index) == found
-
-
-def test_a_taken_port_is_named():
-  with socket.socket() as taken:
-    taken.bind(('', 0))
-    taken.listen()
-    port = taken.getsockname()[1]
-    with pytest.raises(ValueError, match=f'port {port} of --coordinator is'):
-      processes.find(f'127.0.0.1:{port}', 2, 0, {})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from dpo_jax import checkpoint
 from dpo_jax import evaluators
 from dpo_jax import fetch
 from dpo_jax import metrics
@@ -15,6 +16,15 @@ def test_metrics_are_fetched_at_log_points_after_the_next_step_began(
 ):
   seen = []
   put_batch, check_finite = evaluators.put_batch, train.check_finite
+  sync, save = metrics.Writer.sync, checkpoint.Checkpoints.save
+
+  def spy_sync(writer):
+    sync(writer)
+    seen.append('metrics on disk')
+
+  def spy_save(checkpoints, step, *args, **keywords):
+    seen.append(f'save {step}')
+    save(checkpoints, step, *args, **keywords)
 
   def spy_batch(plan, step, *args, **keywords):
     if plan.num_steps == 10:
@@ -28,19 +38,26 @@ def test_metrics_are_fetched_at_log_points_after_the_next_step_began(
 
   monkeypatch.setattr(evaluators, 'put_batch', spy_batch)
   monkeypatch.setattr(train, 'check_finite', spy_check)
+  monkeypatch.setattr(metrics.Writer, 'sync', spy_sync)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', spy_save)
   config = worlds.debug_config(
     tmp_path, **{'num_steps': 10, 'log_every': 4, 'eval.every': 0}
   )
   train.train(config, tmp_path / 'run')
   steps = [f'step {n}' for n in range(11)]
-  assert seen == [
-    *steps[1:6],
-    *(1, 2, 3, 4),
-    *steps[6:10],
-    *(5, 6, 7, 8),
-    steps[10],
-    *(9, 10),
-  ]
+  assert (
+    seen
+    == [
+      steps[1],  # to compile for its shape
+      *steps[1:6],
+      *(1, 2, 3, 4),
+      *steps[6:10],
+      *(5, 6, 7, 8),
+      steps[10],
+      *(9, 10),
+      *('metrics on disk', 'save 10'),
+    ]
+  )
   records = metrics.read(tmp_path / 'run')
   assert [r['step'] for r in records if 'train/loss' in r] == [4, 8, 10]
 
