@@ -93,6 +93,11 @@ class Proof:
         f'  {name:<20}{t.count:8,.0f} times, {t.payload / 1e9:.2f} GB'
         for name, t in sorted(self.account.collectives.items())
       ),
+      *(
+        f'not known: how often a loop of {source} turns; it counts once, and'
+        ' FLOPs, collectives and seconds are too low'
+        for source in sorted(self.account.unknown)
+      ),
       'seconds',
       f'  matrix unit         {estimate.matrix:8.3f}  at its peak',
       f'  memory              {estimate.memory:8.3f}  at its peak, estimated',
@@ -184,7 +189,7 @@ def prove(config, topology, *, lengths=()):
   shards = sharding.row_shards(mesh)
   account = compile_check.counted(
     compiled,
-    data_turns=head_turns(batch, shards * config.accumulate, chunk),
+    turns={logps.SCOPE: head_turns(batch, shards * config.accumulate, chunk)},
   )
   kernel_flops = attention_flops(
     account, batch, policy.config, mesh, accumulate=config.accumulate

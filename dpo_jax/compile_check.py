@@ -61,7 +61,14 @@ def compile_for_tpu(lowered, chip):
         f'the step needs {said} of a chip that has {chip.usable / _GIB:.2f}',
       ) from error
     seconds = time.perf_counter() - start
-    return Compiled(compiled.as_text(), _reported(folder), seconds)
+    needed = _reported(folder)
+  if needed is None:
+    raise ValueError(
+      'the compiler wrote no report of the memory that it needs, or one of a'
+      ' form that is not known here; use the libtpu that your JAX asks for'
+      " (pip install 'jax[tpu]') and a JAX that this package was tested with"
+    )
+  return Compiled(compiled.as_text(), needed, seconds)
 
 
 def _needed(error):
@@ -135,6 +142,6 @@ def estimate(account, chip, *, kernel_flops, kernel_depth):
   )
 
 
-def counted(compiled, *, data_turns):
-  """Returns the `hlo_counts.Account` of a Compiled."""
-  return hlo_counts.count(hlo.parse(compiled.text), data_turns=data_turns)
+def counted(compiled, *, turns):
+  """Returns the `hlo_counts.Account` of a Compiled; see `hlo_counts.count`."""
+  return hlo_counts.count(hlo.parse(compiled.text), turns=turns)

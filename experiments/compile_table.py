@@ -72,6 +72,8 @@ def prove(number):
     settings.Settings(config.to_dict()), name, lengths=lengths
   )
   print(proof, file=sys.stderr)
+  if proof.account.unknown:
+    raise ValueError(f'loops of unknown length: {proof.account.unknown}')
   estimate, chips = proof.estimate, proof.topology.chips
   return {
     'row': number,
