@@ -104,6 +104,8 @@ class Proof:
       f'  links               {estimate.links:8.3f}  at their peak',
       f"  compiler's cycles   {estimate.compiler:8.3f}  with attention kernels"
       ' as fast as the matrix unit',
+      f'    products          {estimate.products:8.3f}  of them, of matrices'
+      ' outside kernels',
       f'  a step              {estimate.at_best:8.3f}  to'
       f' {estimate.at_worst:.3f}: collectives behind the rest, or after it',
       f'groups a second       {self.pairs / estimate.at_best:8.1f}  to'

@@ -101,14 +101,16 @@ class Estimate:
 
   matrix, memory, links: what each alone would take at its peak (a roofline).
   compiler: its own estimate of cycles, and the kernels, which it cannot see, as
-  if they filled their matrix unit. at_best: collectives behind the computation;
-  at_worst: one after the other.
+  if they filled their matrix unit. products: what of that goes to products of
+  matrices outside kernels, and to what is fused with them. at_best: collectives
+  behind the computation; at_worst: one after the other.
   """
 
   matrix: float
   memory: float
   links: float
   compiler: float
+  products: float
 
   @property
   def roofline(self):
@@ -139,6 +141,7 @@ def estimate(account, chip, *, kernel_flops, kernel_depth):
     memory=account.memory_bytes / chip.bandwidth,
     links=sum(t.linked for t in account.collectives.values()) / chip.links,
     compiler=account.cycles / chip.clock + kernel_flops * filled / chip.flops,
+    products=account.product_cycles / chip.clock,
   )
 
 

@@ -49,7 +49,8 @@ class Account:
 
   flops: of dots and convolutions. collectives: {kind: Traffic}. kernels:
   {name: calls}. cycles: the compiler's estimate, of what it has one for: not
-  of kernels and collectives. memory_bytes: read from or written to the chip's
+  of kernels and collectives. product_cycles: those of operations with dots or
+  convolutions in them. memory_bytes: read from or written to the chip's
   memory, estimated from operands and results. unknown: names of loops of
   which nobody knows how often they turn: with any, all else is too low.
   """
@@ -62,6 +63,7 @@ class Account:
     default_factory=lambda: collections.defaultdict(float)
   )
   cycles: float = 0
+  product_cycles: float = 0
   memory_bytes: float = 0
   unknown: set = dataclasses.field(default_factory=set)
 
@@ -69,6 +71,7 @@ class Account:
     """Adds another Account to this one."""
     self.flops += other.flops
     self.cycles += other.cycles
+    self.product_cycles += other.product_cycles
     self.memory_bytes += other.memory_bytes
     self.unknown |= other.unknown
     for name, calls in other.kernels.items():
@@ -132,6 +135,7 @@ def _visit(program, name, times, account, turns, seen, *, inside):
         _visit(program, branch, times, its, turns, set(), inside=inside)
       account.add(max(branches, key=_cost))
       continue
+    flops = account.flops
     kind = op.opcode.removesuffix('-start')
     if kind in COLLECTIVES:
       _add_collective(account, computation, op, kind, times, seen)
@@ -149,6 +153,8 @@ def _visit(program, name, times, account, turns, seen, *, inside):
         if called in program.computations:
           within = inside or op.opcode != 'call'
           _visit(program, called, times, account, turns, seen, inside=within)
+    if not inside and account.flops > flops:
+      account.product_cycles += times * _cycles(op)
 
 
 def _cost(account):
