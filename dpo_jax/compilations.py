@@ -93,12 +93,19 @@ class Proof:
         f'  {name:<20}{t.count:8,.0f} times, {t.payload / 1e9:.2f} GB'
         for name, t in sorted(self.account.collectives.items())
       ),
+      *(
+        f'not known: how often a loop of {source} turns; it counts once, and'
+        ' FLOPs, collectives and seconds are too low'
+        for source in sorted(self.account.unknown)
+      ),
       'seconds',
       f'  matrix unit         {estimate.matrix:8.3f}  at its peak',
       f'  memory              {estimate.memory:8.3f}  at its peak, estimated',
       f'  links               {estimate.links:8.3f}  at their peak',
       f"  compiler's cycles   {estimate.compiler:8.3f}  with attention kernels"
       ' as fast as the matrix unit',
+      f'    products          {estimate.products:8.3f}  of them, of matrices'
+      ' outside kernels',
       f'  a step              {estimate.at_best:8.3f}  to'
       f' {estimate.at_worst:.3f}: collectives behind the rest, or after it',
       f'groups a second       {self.pairs / estimate.at_best:8.1f}  to'
@@ -184,7 +191,7 @@ def prove(config, topology, *, lengths=()):
   shards = sharding.row_shards(mesh)
   account = compile_check.counted(
     compiled,
-    data_turns=head_turns(batch, shards * config.accumulate, chunk),
+    turns={logps.SCOPE: head_turns(batch, shards * config.accumulate, chunk)},
   )
   kernel_flops = attention_flops(
     account, batch, policy.config, mesh, accumulate=config.accumulate

@@ -61,7 +61,14 @@ def compile_for_tpu(lowered, chip):
         f'the step needs {said} of a chip that has {chip.usable / _GIB:.2f}',
       ) from error
     seconds = time.perf_counter() - start
-    return Compiled(compiled.as_text(), _reported(folder), seconds)
+    needed = _reported(folder)
+  if needed is None:
+    raise ValueError(
+      'the compiler wrote no report of the memory that it needs, or one of a'
+      ' form that is not known here; use the libtpu that your JAX asks for'
+      " (pip install 'jax[tpu]') and a JAX that this package was tested with"
+    )
+  return Compiled(compiled.as_text(), needed, seconds)
 
 
 def _needed(error):
@@ -94,14 +101,16 @@ class Estimate:
 
   matrix, memory, links: what each alone would take at its peak (a roofline).
   compiler: its own estimate of cycles, and the kernels, which it cannot see, as
-  if they filled their matrix unit. at_best: collectives behind the computation;
-  at_worst: one after the other.
+  if they filled their matrix unit. products: what of that goes to products of
+  matrices outside kernels, and to what is fused with them. at_best: collectives
+  behind the computation; at_worst: one after the other.
   """
 
   matrix: float
   memory: float
   links: float
   compiler: float
+  products: float
 
   @property
   def roofline(self):
@@ -132,9 +141,10 @@ def estimate(account, chip, *, kernel_flops, kernel_depth):
     memory=account.memory_bytes / chip.bandwidth,
     links=sum(t.linked for t in account.collectives.values()) / chip.links,
     compiler=account.cycles / chip.clock + kernel_flops * filled / chip.flops,
+    products=account.product_cycles / chip.clock,
   )
 
 
-def counted(compiled, *, data_turns):
-  """Returns the `hlo_counts.Account` of a Compiled."""
-  return hlo_counts.count(hlo.parse(compiled.text), data_turns=data_turns)
+def counted(compiled, *, turns):
+  """Returns the `hlo_counts.Account` of a Compiled; see `hlo_counts.count`."""
+  return hlo_counts.count(hlo.parse(compiled.text), turns=turns)

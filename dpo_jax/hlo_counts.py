@@ -1,8 +1,9 @@
 """What a compiled program does, loops counted in full.
 
 XLA's own count (`cost_analysis`) takes the body of a loop once, so a model of
-32 scanned layers looks like one layer. Here a loop counts as often as it runs;
-one of which the data decides, as often as the caller says.
+32 scanned layers looks like one layer. Here a loop counts as often as it runs.
+Where the data decides, the caller says how often, by the `jax.named_scope` that
+the loop is in; a loop of which nobody knows counts once, and is named.
 
 Counted are the multiplications and additions of dots and of convolutions (which
 is what the TPU's compiler makes of dots), collectives by kind, calls of Pallas
@@ -15,6 +16,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 
 from dpo_jax import hlo
 
@@ -47,9 +49,10 @@ class Account:
 
   flops: of dots and convolutions. collectives: {kind: Traffic}. kernels:
   {name: calls}. cycles: the compiler's estimate, of what it has one for: not
-  of kernels and collectives. memory_bytes: read from or written to the chip's
-  memory, estimated from operands and results. data_loops: loops whose number
-  of turns the data decides.
+  of kernels and collectives. product_cycles: those of operations with dots or
+  convolutions in them. memory_bytes: read from or written to the chip's
+  memory, estimated from operands and results. unknown: names of loops of
+  which nobody knows how often they turn: with any, all else is too low.
   """
 
   flops: float = 0
@@ -60,21 +63,59 @@ class Account:
     default_factory=lambda: collections.defaultdict(float)
   )
   cycles: float = 0
+  product_cycles: float = 0
   memory_bytes: float = 0
-  data_loops: int = 0
+  unknown: set = dataclasses.field(default_factory=set)
+
+  def add(self, other):
+    """Adds another Account to this one."""
+    self.flops += other.flops
+    self.cycles += other.cycles
+    self.product_cycles += other.product_cycles
+    self.memory_bytes += other.memory_bytes
+    self.unknown |= other.unknown
+    for name, calls in other.kernels.items():
+      self.kernels[name] += calls
+    for kind, traffic in other.collectives.items():
+      mine = self.collectives[kind]
+      mine.count += traffic.count
+      mine.payload += traffic.payload
+      mine.linked += traffic.linked
 
 
-def count(program, *, data_turns=1):
-  """Returns the Account of a run; `data_turns` is that of each data loop."""
+def count(program, *, turns=types.MappingProxyType({})):
+  """Returns the Account of a run.
+
+  Args:
+    program: `hlo.Program`.
+    turns: {scope: how often each loop in this `jax.named_scope` turns}, for
+      loops of which the program does not say it.
+  """
   account = Account()
-  _visit(program, program.entry, 1, account, data_turns, set(), inside=False)
+  _visit(program, program.entry, 1, account, turns, set(), inside=False)
   return account
 
 
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
-def _visit(program, name, times, account, data_turns, seen, *, inside):
+def _turns(program, computation, loop, account, turns):
+  """How often a loop turns; where nobody knows, 1, and `account` says so."""
+  found = hlo.trip_count(program, computation, loop)
+  if found is not None:
+    return found
+  source = _SOURCE.search(loop.rest)
+  source = source.group(1) if source else loop.name
+  for scope, number in turns.items():
+    # Derivatives write it transpose(jvp(scope)).
+    if re.search(rf'\b{re.escape(scope)}\b', source):
+      return number
+  account.unknown.add(source)
+  return 1
+
+
+def _visit(program, name, times, account, turns, seen, *, inside):
   """Adds a computation; `inside` one that its caller runs as one operation.
 
   `seen` are channels of collectives that this turn has counted: an
@@ -83,18 +124,18 @@ def _visit(program, name, times, account, data_turns, seen, *, inside):
   computation = program.computations[name]
   for op in computation.instructions.values():
     if op.opcode == 'while':
-      turns = hlo.trip_count(program, computation, op)
-      if turns is None:
-        turns = data_turns
-        account.data_loops += 1
+      often = times * _turns(program, computation, op, account, turns)
       body = hlo.attribute(op, 'body')
-      _visit(program, body, times * turns, account, data_turns, set(), inside=0)
+      _visit(program, body, often, account, turns, set(), inside=False)
       continue
     if op.opcode == 'conditional':
-      # What most branches leave out, one may do: the first that is costly.
-      for branch in _branches(op):
-        _visit(program, branch, times, account, data_turns, seen, inside=inside)
+      # One branch is run; which, the data decides: the costliest, to be safe.
+      branches = [Account() for _ in _branches(op)]
+      for branch, its in zip(_branches(op), branches):
+        _visit(program, branch, times, its, turns, set(), inside=inside)
+      account.add(max(branches, key=_cost))
       continue
+    flops = account.flops
     kind = op.opcode.removesuffix('-start')
     if kind in COLLECTIVES:
       _add_collective(account, computation, op, kind, times, seen)
@@ -111,9 +152,16 @@ def _visit(program, name, times, account, data_turns, seen, *, inside):
       for called in hlo.CALLED.findall(op.rest):
         if called in program.computations:
           within = inside or op.opcode != 'call'
-          _visit(
-            program, called, times, account, data_turns, seen, inside=within
-          )
+          _visit(program, called, times, account, turns, seen, inside=within)
+    if not inside and account.flops > flops:
+      account.product_cycles += times * _cycles(op)
+
+
+def _cost(account):
+  """What orders branches: FLOPs, then bytes."""
+  moved = sum(traffic.linked for traffic in account.collectives.values())
+  kernels = sum(account.kernels.values())
+  return account.flops, kernels, account.memory_bytes + moved
 
 
 def _branches(op):
@@ -204,8 +252,9 @@ def _add_collective(account, computation, op, kind, times, seen):
     if name in computation.instructions
   )
   made = op.bytes
-  if op.opcode.endswith('-start'):  # result: operands, results, contexts
-    made = max((array.size for array in op.arrays), default=0)
+  if op.opcode == 'all-gather-start':  # result: operands, then results
+    n = len(op.operands)
+    made = sum(array.size for array in op.arrays[n : 2 * n])
   scattered = (
     kind == 'all-reduce'
     and computation.root.opcode == 'dynamic-slice'

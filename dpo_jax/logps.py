@@ -30,6 +30,10 @@ def gather_scored(hidden_RTD, source_RS):
 
 # --- Lists of tokens, and chunks of them --------------------------------------
 
+# Names the loops over chunks in a compiled program, which does not say how
+# often they turn: the data decides.
+SCOPE = 'scored_chunks'
+
 
 def _row_shards(rows):
   """How many devices share the rows: the number of lists."""
@@ -112,7 +116,8 @@ class _Scored:
     outs = jax.tree.map(
       lambda x: jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype), out
     )
-    return jax.lax.fori_loop(0, -(-self._most // size), step, (carry, outs))
+    with jax.named_scope(SCOPE):
+      return jax.lax.fori_loop(0, -(-self._most // size), step, (carry, outs))
 
 
 # --- Logits of a chunk, and their gradients -----------------------------------
@@ -121,6 +126,33 @@ class _Scored:
 def _ready(unembed_VD, dtype):
   """The unembedding as chunks want it: cast, and gathered over D, once."""
   return nn.with_logical_constraint(unembed_VD.astype(dtype), ('vocab', None))
+
+
+def _as_parameter(grad_VD):
+  """Cuts a gradient, or rows of it, like the unembedding itself."""
+  return nn.with_logical_constraint(grad_VD, ('vocab', 'embed_cut'))
+
+
+def _sum_of_lists(grad_LBD):
+  """Sums over lists, [B, D], cut like the unembedding.
+
+  Over the mesh axis that cuts D first, which makes a reduce-scatter; of one sum
+  over all axes the TPU's compiler makes an all-reduce of the whole.
+  """
+  (rows,) = nn.logical_to_mesh_axes(('rows',))
+  vocab, cut = nn.logical_to_mesh_axes(('vocab', 'embed_cut'))
+  L, B, D = grad_LBD.shape
+  if L == 1 or cut not in rows:
+    return _as_parameter(jnp.sum(grad_LBD, axis=0))
+  mesh = jax.sharding.get_abstract_mesh()
+  place = jax.lax.with_sharding_constraint
+  spec = jax.sharding.PartitionSpec
+  sums = grad_LBD.reshape(*(mesh.shape[name] for name in rows), B, D)
+  # Said of both sides, or the compiler makes one sum of the two.
+  sums = jnp.sum(place(sums, spec(*rows, vocab, None)), axis=rows.index(cut))
+  others = tuple(name for name in rows if name != cut)
+  sums = place(sums, spec(*others, vocab, cut))
+  return _as_parameter(jnp.sum(sums, axis=tuple(range(len(others)))))
 
 
 def _logits(hidden_LCD, unembed_VD, cap):
@@ -306,14 +338,14 @@ def _token_logps_backward(chunk, cap, collisions, residuals, grads):
     if L > 1:
       zeros_LBD = nn.with_logical_constraint(zeros_LBD, ('rows', 'vocab', None))
     part_grad_LBD, added_LND = scored.scan(one_chunk, zeros_LBD, inputs)
-    part_grad_BD = jnp.sum(part_grad_LBD, axis=0).astype(unembed_VD.dtype)
+    part_grad_BD = _sum_of_lists(part_grad_LBD).astype(unembed_VD.dtype)
     return hidden_grad_LND + added_LND, jax.lax.dynamic_update_slice_in_dim(
       unembed_grad_VD, part_grad_BD, start, axis=0
     )
 
   state = (
     jnp.zeros(inputs[0].shape, jnp.float32),
-    jnp.zeros(unembed_VD.shape, unembed_VD.dtype),
+    _as_parameter(jnp.zeros(unembed_VD.shape, unembed_VD.dtype)),
   )
   if blocks == 1:
     hidden_grad_LND, unembed_grad_VD = one_block(0, state)

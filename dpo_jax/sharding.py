@@ -20,6 +20,7 @@ RULES = (
   ('layers', None),
   ('vocab', 'tensor'),
   ('embed', 'fsdp'),
+  ('embed_cut', 'fsdp'),  # D of a gradient, which lies as its parameter does
   ('heads', 'tensor'),
   ('kv_heads', 'tensor'),
   ('head_dim', None),

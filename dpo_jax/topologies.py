@@ -168,13 +168,20 @@ def find(name):
 
 def check_libtpu():
   """Refuses to go on without the compiler that this JAX was made for."""
-  wanted = next(
-    match.group(1)
-    for line in importlib.metadata.requires('jax')
-    if (match := re.match(r'libtpu\s*==\s*([\d.*]+)', line))
-  )
   version = importlib.metadata.version('jax')
   fix = f"pip install 'jax[tpu]=={version}'"
+  wanted = [
+    match.group(1)
+    for line in importlib.metadata.requires('jax') or ()
+    if (match := re.match(r'libtpu\s*==\s*([\d.*]+)', line))
+  ]
+  if not wanted:
+    raise ValueError(
+      f'JAX {version}, as installed, does not say which libtpu it was made for;'
+      ' install a release of it, with its compiler: '
+      "pip install --force-reinstall 'jax[tpu]'"
+    )
+  wanted = wanted[0]
   try:
     found = importlib.metadata.version('libtpu')
   except importlib.metadata.PackageNotFoundError:

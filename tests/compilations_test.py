@@ -11,6 +11,7 @@ from configs import preference
 from dpo_jax import accounting
 from dpo_jax import compilations
 from dpo_jax import compile_check
+from dpo_jax import logps
 from dpo_jax import policies
 from dpo_jax import settings
 from dpo_jax import topologies
@@ -122,12 +123,16 @@ def test_a_proof_adds_up(tmp_path, cpu_slice):
   least = accounting.step_flops(presets.DEBUG['debug-llama'], work, live=True)
   assert least < proof.useful < 1.2 * least
   assert proof.flops > proof.useful / 8
+  # Of the loops that the data ends, those of the head are known.
+  assert not any(logps.SCOPE in name for name in proof.account.unknown)
   assert proof.lengths == (13, 7, 7) and proof.pairs == 8
   assert {'all-gather', 'all-reduce'} & set(proof.account.collectives)
   seconds = proof.estimate
   assert seconds.roofline <= seconds.at_best <= seconds.at_worst
   assert proof.mfu(proof.useful / 8 / 197e12) == pytest.approx(1.0)
+  proof.account.unknown.add('jit(step)/riddle/while')
   text = str(proof)
+  assert 'how often a loop of jit(step)/riddle/while turns' in text
   assert 'v5e:2x4 (v5e-8, 8 chips), mesh data 1 x fsdp 8 x tensor 1' in text
   assert '8 groups of 13 prompt and 7, 7 response tokens' in text
 
@@ -168,6 +173,14 @@ def test_what_does_not_fit_says_by_how_much_and_what_helps(
   for part in ('mesh.data', 'model.remat', 'reference=cached'):
     assert part not in str(error.value)
   assert 'logps_chunk=256' in str(error.value)
+
+
+def test_a_compiler_that_reports_no_memory_is_one_clear_line(monkeypatch):
+  monkeypatch.setattr(compile_check, '_reported', lambda _: None)
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+  with pytest.raises(ValueError, match='no report of the memory') as error:
+    compile_check.compile_for_tpu(lowered, topologies.CHIPS['v5e'])
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +271,7 @@ def test_a_step_compiles_for_a_tpu_that_is_not_there(tmp_path):
   }
   assert 0 < proof.kernel_flops < proof.flops
   assert sum(proof.place.values()) < proof.needed < 0.1 * GIB
-  assert proof.account.cycles > 0 and proof.account.data_loops
+  assert proof.account.cycles > 0 and not proof.account.unknown
   assert {'all-gather', 'all-reduce'} <= set(proof.account.collectives)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from dpo_jax import hlo
 from dpo_jax import hlo_counts
+from dpo_jax import logps
 from dpo_jax import objectives
 from dpo_jax import optim
 from dpo_jax import sharding
@@ -25,7 +27,8 @@ from tests import worlds
 # three heads, a gather whose start and end are two fusions of one channel, a
 # reduce-scatter as an all-reduce that is sliced, a kernel; then a loop of which
 # the data decides.
-TPU = pathlib.Path(__file__).parent / 'golden' / 'tpu_program.hlo'
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+TPU = GOLDEN / 'tpu_program.hlo'
 
 
 def test_what_a_tpu_compiler_writes_is_counted_as_it_runs():
@@ -35,12 +38,12 @@ def test_what_a_tpu_compiler_writes_is_counted_as_it_runs():
   turns = [hlo.trip_count(program, main, loop) for loop in loops]
   assert turns == [3, None]
 
-  account = hlo_counts.count(program, data_turns=5)
+  account = hlo_counts.count(program, turns={'chunks': 5})
   # Of 3 x 3 places of window and result, three meet the one input.
   assert account.flops == 3 * (2 * 128 * 4 * 64 * 3)
-  assert account.cycles == 3 * 1000
+  assert account.cycles == account.product_cycles + 3 * 10 == 3 * 1010
   assert account.kernels == {'attend': 3}
-  assert account.data_loops == 1
+  assert not account.unknown
   counts = {kind: t.count for kind, t in account.collectives.items()}
   assert counts == {
     'all-gather': 3,
@@ -72,10 +75,10 @@ def test_groups_are_read_in_all_their_spellings(text, size):
   assert hlo_counts.group_size(text) == size
 
 
-def counted(function, *args, data_turns=1):
+def counted(function, *args, turns=types.MappingProxyType({})):
   compiled = jax.jit(function).lower(*args).compile()
   program = hlo.parse(compiled.as_text())
-  return hlo_counts.count(program, data_turns=data_turns)
+  return hlo_counts.count(program, turns=turns)
 
 
 def test_loops_of_a_compiled_program_count_in_full():
@@ -90,16 +93,62 @@ def test_loops_of_a_compiled_program_count_in_full():
 
   account = counted(layers, x, weights)
   assert account.flops == 5 * 3 * (2 * 8 * 16 * 16)
-  assert account.data_loops == 0
+  assert not account.unknown
 
 
-def test_a_loop_of_the_datas_length_counts_as_told():
+def test_a_loop_of_the_datas_length_counts_as_told_by_its_scope():
   def function(x, turns):
-    return jax.lax.fori_loop(0, turns, lambda _, x: jnp.tanh(x @ x), x)
+    with jax.named_scope('words'):
+      return jax.lax.fori_loop(0, turns, lambda _, x: jnp.tanh(x @ x), x)
 
-  account = counted(function, jnp.ones((16, 16)), jnp.int32(3), data_turns=7)
-  assert account.data_loops == 1
-  assert account.flops == 7 * 2 * 16**3
+  args = (jnp.ones((16, 16)), jnp.int32(3))
+  account = counted(function, *args, turns={'words': 7})
+  assert account.flops == 7 * 2 * 16**3 and not account.unknown
+  account = counted(function, *args, turns={'word': 7})
+  assert account.flops == 2 * 16**3
+  assert account.unknown == {'jit(function)/words/while'}
+
+
+def test_loops_of_a_derivative_are_in_the_scope_of_what_is_derived():
+  program = hlo.parse(
+    TPU.read_text().replace('jvp()/chunks', 'transpose(jvp(chunks))')
+  )
+  account = hlo_counts.count(program, turns={'chunks': 5})
+  assert not account.unknown
+  assert account.collectives['collective-permute'].count == 5
+
+
+def test_a_loop_that_no_constant_ends_is_not_taken_for_one_that_is_known():
+  program = hlo.parse(TPU.read_text().replace('constant(10)', 'constant(?)'))
+  account = hlo_counts.count(program, turns={'chunks': 5})
+  assert account.unknown == {'while.1'}
+  assert account.flops == 2 * 128 * 4 * 64 * 3  # once
+  assert account.collectives['collective-permute'].count == 5
+
+
+def test_an_asynchronous_gather_of_several_arrays_counts_all_of_them():
+  program = hlo.parse((GOLDEN / 'gathers.hlo').read_text())
+  account = hlo_counts.count(program)
+  (kind,) = account.collectives
+  traffic = account.collectives[kind]
+  assert kind == 'all-gather' and traffic.count == 1
+  assert traffic.payload == 32 * 8 * 2 + 16 * 16 * 4
+
+
+@pytest.mark.parametrize(
+  'branches',
+  [
+    'branch_computations={%small, %large}',
+    'branch_computations={%large, %small}',
+    'true_computation=%large, false_computation=%small',
+  ],
+)
+def test_of_the_branches_of_a_condition_the_costliest_counts(branches):
+  text = (GOLDEN / 'branches.hlo').read_text().replace('BRANCHES', branches)
+  program = hlo.parse(text)
+  account = hlo_counts.count(program)
+  assert account.flops == 2 * (2 * 8**3)
+  assert account.collectives['all-reduce'].payload == 8 * 8 * 4
 
 
 def test_collectives_of_a_mesh_are_counted_by_kind_and_bytes():
@@ -162,7 +211,7 @@ def test_flops_of_the_compiled_step_are_what_its_maths_asks_for(
   function, args = training_step(
     config, plan, accumulate=accumulate, chunk=R // accumulate * S // 2
   )
-  account = counted(function, *args, data_turns=2)
+  account = counted(function, *args, turns={logps.SCOPE: 2})
   D, H, N, K = (
     config.d_model,
     config.head_dim,

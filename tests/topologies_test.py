@@ -76,6 +76,11 @@ def test_a_compiler_that_is_missing_or_of_another_version_is_refused(
     topologies.devices(topology)
   give_versions(monkeypatch, '0.0.42.1')
   topologies.check_libtpu()
+  for told in (['numpy'], None):  # a JAX that was not released
+    monkeypatch.setattr(importlib.metadata, 'requires', lambda _, t=told: t)
+    with pytest.raises(ValueError, match='does not say which libtpu') as error:
+      topologies.check_libtpu()
+    assert '\n' not in str(error.value)
 
 
 def test_a_chips_clock_and_matrix_units_make_its_peak():
