@@ -437,7 +437,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     ('', {'model.scan_unroll': 0}, 'use 1 or more'),
     ('', {'model.dtype': 'float33'}, 'model.dtype'),
     ('', {'optim.name': 'adam'}, "did you mean 'adamw'"),
-    ('', {'mesh.fsdp': 3}, 'set one axis to -1'),
+    ('', {'mesh.fsdp': 3}, 'make 3, which does not divide the 8 devices'),
     ('', {'data.source': 'nowhere'}, 'nowhere'),
     (
       '',
