@@ -161,7 +161,8 @@ def _cells(record):
     f'{record["flops"] / 1e12:.1f} / {record["useful_flops"] / 1e12:.1f}',
     traffic,
     f'{record["matrix"]:.3f} / {record["memory"]:.3f} / {record["links"]:.3f}',
-    f'{record["compiler"]:.3f}',
+    f'{record["compiler"]:.3f}'
+    + (f' ({record["products"]:.3f})' if 'products' in record else ''),
     f'{record["mfu"][1]:.2f} to {record["mfu"][0]:.2f}',
     f'{record["compile_seconds"]:.0f} s, {record["peak_memory"] / 2**30:.1f}',
   ]
@@ -177,7 +178,7 @@ HEADINGS = [
   'TFLOP a chip, computed / useful',
   'collectives (GB)',
   's by matrix unit / memory / links',
-  "s by compiler's cycles",
+  "s by compiler's cycles (of them products)",
   'useful share of peak',
   'compiled in, GiB',
 ]
