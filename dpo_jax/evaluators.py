@@ -125,6 +125,14 @@ def response_texts(samples, tokenizer):
   return texts
 
 
+def prompt_texts(prompts, tokenizer):
+  """Decodes prompts, without the BOS that the model wants before them."""
+  return [
+    tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :], start=True)
+    for prompt in prompts
+  ]
+
+
 def make_samples(
   model_config,
   tokenizer,
@@ -201,16 +209,11 @@ def make_samples(
       )
       columns['kl'] = sequence_kl(variables, ref_variables, plan)
     texts = response_texts(samples, tokenizer)
-    prompt_texts = [
-      tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :], start=True)
-      for prompt in repeated
-    ]
+    begun = prompt_texts(repeated, tokenizer)
     if score:
-      columns['reward'] = rewards.score(score, prompt_texts, texts)
+      columns['reward'] = rewards.score(score, begun, texts)
     if constraint:
-      columns['cost'] = rewards.score_constraint(
-        constraint, prompt_texts, texts
-      )
+      columns['cost'] = rewards.score_constraint(constraint, begun, texts)
     values = {'distinct_2': rewards.distinct_n(texts, 2)}
     for name, column in columns.items():
       by_prompt = np.reshape(column, (len(prompts), -1)).mean(1)
@@ -220,7 +223,7 @@ def make_samples(
     records = [
       {'prompt': prompt, 'response': text}
       | {name: float(column[i]) for name, column in columns.items()}
-      for i, (prompt, text) in enumerate(zip(prompt_texts, texts))
+      for i, (prompt, text) in enumerate(zip(begun, texts))
     ]
     return values, records
 

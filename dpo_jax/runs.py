@@ -101,11 +101,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         )
   start_ref = None  # cached: the weights leave memory, samples have no KL
   if mode == 'frozen' or (mode != 'cached' and config.eval.samples.num_prompts):
-    start = policies.start(policy)
-    start_ref = jax.jit(
-      lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy),
-      out_shardings=jax.tree.map(lambda x: x.sharding, start),
-    )(start)
+    start_ref = frozen_start(policy)
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(
@@ -173,6 +169,15 @@ def head_chunk(config):
   if config.logps_chunk < 1:
     raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
   return config.logps_chunk
+
+
+def frozen_start(policy):
+  """Returns a copy, to be the reference, of what is trained; see `start`."""
+  start = policies.start(policy)
+  return jax.jit(
+    lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy),
+    out_shardings=jax.tree.map(lambda x: x.sharding, start),
+  )(start)
 
 
 def frozen_copy(tree, policy):
@@ -277,24 +282,31 @@ def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
   if not number:
     return []
   if source:
-    texts = []
-    with open(source, encoding='utf-8') as f:
-      for line_number, line in enumerate(f, start=1):
-        try:
-          texts.append(json.loads(line)['prompt'])
-        except (ValueError, KeyError, TypeError) as error:
-          raise ValueError(
-            f'{source}:{line_number}: not a JSON object with a "prompt"'
-          ) from error
+    texts = read_prompts(source)
     prompts = examples.encode_prompts(texts, tokenizer, max_prompt_tokens)
   else:
     prompts = {tuple(g.prompt.tolist()): g.prompt for g in groups}.values()
   if not prompts:
     raise ValueError(
       'eval.samples needs held-out prompts and there are none; raise'
-      ' data.held_out or set eval.samples.num_prompts to 0'
+      ' data.held_out, give a file of them as eval.samples.prompts, or set'
+      ' eval.samples.num_prompts to 0'
     )
   return list(prompts)[:number]
+
+
+def read_prompts(source):
+  """Reads JSON Lines with a `prompt` each: a list of texts or messages."""
+  prompts = []
+  with open(source, encoding='utf-8') as f:
+    for number, line in enumerate(f, start=1):
+      try:
+        prompts.append(json.loads(line)['prompt'])
+      except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+          f'{source}:{number}: not a JSON object with a "prompt"'
+        ) from error
+  return prompts
 
 
 def check_data(groups, terms, form):

@@ -19,6 +19,7 @@ DEVICE_MATHS = {
   'attention_tpu',
   'losses',
   'logps',
+  'rl',
   'sampling',
 }
 HOST = {'data', 'rewards', 'report', 'constraints'}
@@ -51,10 +52,11 @@ MIDDLE = {
   'policies',
   'conversions',
   'updates',
+  'rollouts',
 }
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
-LOOPS = {'train', 'online', 'compilations', 'main'}
+LOOPS = {'train', 'ppo', 'online', 'compilations', 'main'}
 HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections'}
 MATHS_FORBIDDEN = {
   'absl',
