@@ -157,7 +157,7 @@ def make_samples(
       reported.
     top_p: nucleus.
     batch_size: samples computed at once.
-    reward: name of a reward, or 'none'.
+    reward: of `reward_models.get`, or None.
     cost: name of a constraint score, or 'none'.
 
   The evaluator maps (variables, ref_variables) to (values, records): means
@@ -165,7 +165,6 @@ def make_samples(
   `ref_variables` (None) there is no `kl`.
   """
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
-  score = None if reward == 'none' else rewards.get(reward)
   constraint = None if cost == 'none' else rewards.get_constraint(cost)
   honest = temperature == 1.0 and top_p == 1.0
   sequence_kl = make_sequence_kl(model_config, mesh, chunk=chunk)
@@ -205,8 +204,8 @@ def make_samples(
       tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :], start=True)
       for prompt in repeated
     ]
-    if score:
-      columns['reward'] = rewards.score(score, prompt_texts, texts)
+    if reward:
+      columns['reward'] = rewards.score(reward, prompt_texts, texts)
     if constraint:
       columns['cost'] = rewards.score_constraint(
         constraint, prompt_texts, texts

@@ -21,7 +21,7 @@ DEVICE_MATHS = {
   'logps',
   'sampling',
 }
-HOST = {'data', 'rewards', 'report', 'constraints'}
+HOST = {'data', 'rewards', 'sentiment', 'report', 'constraints'}
 # What a room's files must not import: names of packages, or of modules of ours.
 MACHINE = {
   'accounting',
@@ -49,6 +49,7 @@ MIDDLE = {
   'runs',
   'steps',
   'policies',
+  'reward_models',
   'conversions',
   'updates',
 }
