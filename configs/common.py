@@ -162,7 +162,7 @@ def training(arg):
     temperature=1.0,  # 1 without truncation: needed for an honest KL
     top_p=1.0,
     batch_size=32,  # sampled at once
-    reward='none',  # a name of rewards.REWARDS
+    reward='none',  # a name, see dpo_jax/rewards.py
     cost='none',  # a name of rewards.CONSTRAINTS
   )
   if arg['debug']:

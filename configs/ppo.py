@@ -11,8 +11,10 @@ names are data sets whose prompts are taken.
 from configs import common
 
 # Published settings; where a source is silent, the row says that we chose. The
-# reward is one that needs no training. rollout: samples a step. batch_size:
-# samples an update.
+# reward here is one that needs nothing; the paper's, a classifier of sentiment,
+# is --config.reward.name=sentiment:FILE (log odds, as TRL took them) or
+# sentiment_probability:FILE. rollout: samples a step. batch_size: samples an
+# update.
 PRESETS = {
   # TRL in May 2023, which the DPO paper (arXiv:2305.18290) calls PPO-GT (TRL):
   # the ground-truth reward as it is. Its updates of one sample each need
@@ -67,7 +69,7 @@ PRESETS = {
   ),
 }
 # PPO with a learned reward has the modifications of `gt_ours` (the DPO paper,
-# appendix C.1); set reward.name.
+# appendix C.1); set reward.name to model:WORKDIR of a reward model.
 PRESETS['learned'] = PRESETS['gt_ours'] | dict(reward='')
 
 # Controllers of the KL coefficient; target in nats of a whole response, horizon
@@ -126,7 +128,7 @@ def get_config(arg=''):
       temperature=1.0,  # the only one whose KL is the policy's
     )
     config.reward = dict(
-      name=preset['reward'],  # a name of rewards.REWARDS
+      name=preset['reward'],  # see dpo_jax/rewards.py: sentiment:FILE, ...
       # none; reference: to mean 0 and variance 1 on a rollout of the first
       # policy; running: on all rollouts so far
       normalize=preset['normalize'],

@@ -165,7 +165,7 @@ def make_samples(
       reported.
     top_p: nucleus.
     batch_size: samples computed at once.
-    reward: name of a reward, or 'none'.
+    reward: of `reward_models.get`, or None.
     cost: name of a constraint score, or 'none'.
 
   The evaluator maps (variables, ref_variables) to (values, records): means
@@ -173,7 +173,6 @@ def make_samples(
   `ref_variables` (None) there is no `kl`.
   """
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
-  score = None if reward == 'none' else rewards.get(reward)
   constraint = None if cost == 'none' else rewards.get_constraint(cost)
   honest = temperature == 1.0 and top_p == 1.0
   sequence_kl = make_sequence_kl(model_config, mesh, chunk=chunk)
@@ -210,8 +209,8 @@ def make_samples(
       columns['kl'] = sequence_kl(variables, ref_variables, plan)
     texts = response_texts(samples, tokenizer)
     begun = prompt_texts(repeated, tokenizer)
-    if score:
-      columns['reward'] = rewards.score(score, begun, texts)
+    if reward:
+      columns['reward'] = rewards.score(reward, begun, texts)
     if constraint:
       columns['cost'] = rewards.score_constraint(constraint, begun, texts)
     values = {'distinct_2': rewards.distinct_n(texts, 2)}

@@ -154,7 +154,7 @@ def evaluate(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
     if 'ppo' in config:
-      run = ppo.set_up(config, mesh)
+      run, _ = ppo.set_up(config, mesh)
     else:
       run = runs.set_up(config, mesh, splits=('test',))
     items, step = {'params': run.policy.trained}, 0

@@ -30,6 +30,7 @@ from dpo_jax import metrics
 from dpo_jax import policies
 from dpo_jax import processes
 from dpo_jax import report
+from dpo_jax import reward_models
 from dpo_jax import rewards
 from dpo_jax import runs
 from dpo_jax import sampling
@@ -78,7 +79,7 @@ def run(config, workdir):
   train_config = config.train.as_dict()
   check_train_config(train_config, max_new_tokens=how['max_new_tokens'])
   check_losses(config.train)
-  score = rewards.get(reward)
+  score = reward_models.get(reward)
   constraint, cost, dual = read_constraint(config.constraint, rounds=rounds)
   multiplier, start = dual.pop('multiplier'), dual.pop('start')
   if train_config['reference']['mode'] == 'adapter_off' and (

@@ -31,6 +31,7 @@ from dpo_jax import metrics
 from dpo_jax import names
 from dpo_jax import policies
 from dpo_jax import processes
+from dpo_jax import reward_models
 from dpo_jax import rl
 from dpo_jax import rollouts
 from dpo_jax import runs
@@ -109,10 +110,11 @@ def check(config, mesh):
       raise ValueError(f'kl.{name} is {kl[name]}; use a positive number')
 
 
-def set_up(config, mesh) -> runs.Run:
-  """Builds what training and evaluating share; reads its config sections.
+def set_up(config, mesh):
+  """Builds what training and evaluating share: (runs.Run, reward function).
 
-  The policy has no head yet, and the `groups` are prompts.
+  Reads the config's sections of it. The policy has no head yet, and the
+  `groups` are prompts.
   """
   # ------------------------------------------------ model, prompts, reward ----
   chunk = runs.head_chunk(config)
@@ -126,6 +128,13 @@ def set_up(config, mesh) -> runs.Run:
     )
   if not prompts['train']:
     raise ValueError('there are no prompts to train on; see data.source')
+  if not config.reward.name:
+    raise ValueError(
+      'reward.name is empty; set it to the name of a reward, such as'
+      ' model:WORKDIR of a reward model'
+    )
+  reward = reward_models.get(config.reward.name, mesh=mesh)
+
   # ------------------------------------------------------------ evaluator ----
   how = dict(config.eval.samples)
   heldout = runs.sample_prompts(
@@ -140,7 +149,7 @@ def set_up(config, mesh) -> runs.Run:
   if both:  # first words of reviews may well be the same
     report += f'\n{both} of {len(heldout)} held-out prompts are trained on too'
   tqdm.tqdm.write(report, file=sys.stderr)
-  how['reward'] = how['reward'] or config.reward.name
+  measured = how.pop('reward')
   sample = None
   if heldout:
     sample = evaluators.make_samples(
@@ -150,6 +159,7 @@ def set_up(config, mesh) -> runs.Run:
       mesh,
       chunk=chunk,
       key=policies.stream(config.seed, 'evaluation'),
+      reward=reward_models.get(measured, mesh=mesh) if measured else reward,
       **how,
     )
 
@@ -164,7 +174,7 @@ def set_up(config, mesh) -> runs.Run:
     )
     return {f'samples/{name}': x for name, x in values.items()}, samples
 
-  return runs.Run(
+  parts = runs.Run(
     policy=policy,
     sums=rollouts.make_sums(
       policy.config,
@@ -181,6 +191,7 @@ def set_up(config, mesh) -> runs.Run:
     ref_values={},
     evaluate=evaluate,
   )
+  return parts, reward
 
 
 def with_head(policy, mesh):
@@ -215,7 +226,7 @@ def restored(shapes, step, items):
 def _run(config, workdir, mesh):
   # --------------------------------------- model, prompts, reward, sizes ----
   check(config, mesh)
-  base = set_up(config, mesh)
+  base, reward = set_up(config, mesh)
   policy = with_head(base.policy, mesh)
   prompts, seed, size = base.groups['train'], config.seed, config.rollout.size
   frozen = {'base': policy.base, 'ref': None}  # the KL is in the rewards
@@ -233,7 +244,7 @@ def _run(config, workdir, mesh):
   collect = rollouts.make_collect(
     policy.config,
     policy.tokenizer,
-    rollouts.reward_of(config.reward.name),
+    reward,
     max_new_tokens=config.data.max_response_tokens,
     batch_size=config.rollout.batch_size,
   )

@@ -72,15 +72,6 @@ def load_prompts(data, tokenizer, model_config):
   return prompts, report
 
 
-def reward_of(name):
-  """Returns the reward function of a config's `reward.name`."""
-  if not name:
-    raise ValueError(
-      f'reward.name is empty; set it to a name of {", ".join(rewards.REWARDS)}'
-    )
-  return rewards.get(name)
-
-
 def make_collect(
   model_config, tokenizer, reward, *, max_new_tokens, batch_size
 ):

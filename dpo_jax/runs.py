@@ -16,6 +16,7 @@ from dpo_jax import objectives
 from dpo_jax import policies
 from dpo_jax import processes
 from dpo_jax import ref_cache
+from dpo_jax import reward_models
 from dpo_jax import rewards
 from dpo_jax import sharding
 from dpo_jax.data import batches
@@ -129,6 +130,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     tokenizer,
     max_prompt_tokens=config.data.max_prompt_tokens,
   )
+  reward = how.pop('reward')
   if prompts:
     evaluate_samples = evaluators.make_samples(
       model_config,
@@ -137,6 +139,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       mesh,
       chunk=chunk,
       key=policies.stream(config.seed, 'evaluation'),
+      reward=None if reward == 'none' else reward_models.get(reward, mesh=mesh),
       **how,
     )
 

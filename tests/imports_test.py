@@ -22,7 +22,7 @@ DEVICE_MATHS = {
   'rl',
   'sampling',
 }
-HOST = {'data', 'rewards', 'report', 'constraints'}
+HOST = {'data', 'rewards', 'sentiment', 'report', 'constraints'}
 # What a room's files must not import: names of packages, or of modules of ours.
 MACHINE = {
   'accounting',
@@ -50,6 +50,7 @@ MIDDLE = {
   'runs',
   'steps',
   'policies',
+  'reward_models',
   'conversions',
   'updates',
   'rollouts',
