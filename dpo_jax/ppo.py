@@ -91,6 +91,11 @@ def check(config, mesh):
     if value < 1:
       raise ValueError(f'{name} is {value}; use 1 or more')
   names.look_up(REFERENCES, 'reference of PPO', config.reference.mode)
+  if not config.reward.name:
+    raise ValueError(
+      'reward.name is empty; set it to the name of a reward, such as'
+      ' model:WORKDIR of a reward model'
+    )
   if config.rollout.temperature != 1.0:
     raise ValueError(
       f'rollout.temperature is {config.rollout.temperature}: its samples would'
@@ -128,11 +133,6 @@ def set_up(config, mesh):
     )
   if not prompts['train']:
     raise ValueError('there are no prompts to train on; see data.source')
-  if not config.reward.name:
-    raise ValueError(
-      'reward.name is empty; set it to the name of a reward, such as'
-      ' model:WORKDIR of a reward model'
-    )
   reward = reward_models.get(config.reward.name, mesh=mesh)
 
   # ------------------------------------------------------------ evaluator ----
