@@ -156,7 +156,8 @@ def training(arg):
   )
   config.eval.samples = dict(
     prompts='',  # JSON Lines with a `prompt` each; '': of held-out groups
-    num_prompts=4,  # of them, at most, to sample from; 0: none
+    # Of them, at most, to sample from; 0: none, as of a reward model.
+    num_prompts=0 if table.of_head(loss) else 4,
     samples_per_prompt=1,
     max_new_tokens=64,
     temperature=1.0,  # 1 without truncation: needed for an honest KL
@@ -183,4 +184,4 @@ def shrink(config):
   config.data.row_length = 256
   config.eval.max_groups = 16
   config.eval.samples.max_new_tokens = 8
-  config.eval.samples.num_prompts = 2
+  config.eval.samples.num_prompts = min(2, config.eval.samples.num_prompts)

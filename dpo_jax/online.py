@@ -40,6 +40,7 @@ from dpo_jax import train
 from dpo_jax import workdirs
 from dpo_jax.data import examples
 from dpo_jax.data import openings
+from dpo_jax.losses import table
 
 _CURVES = (
   'train/loss',
@@ -206,6 +207,10 @@ def check_train_config(config, *, max_new_tokens):
 def check_losses(config):
   """Refuses losses that the pairs of a round, which have no labels, lack."""
   terms = runs.bind_losses(config)
+  if table.of_head(config.loss):
+    raise ValueError(
+      'rounds train a policy, not a reward model; choose a loss of log-probs'
+    )
   if config.data.form != 'pairs':
     raise ValueError(
       f'train.data.form is {config.data.form!r}, but rounds write pairs; choose'

@@ -10,8 +10,8 @@ A step is a rollout and what is learned of it:
 
 Prompts, samples and minibatches are functions of (seed, step), and the state
 holds everything else, so a killed run resumes to the same bits. The values are
-those of a scalar head on the policy itself. A checkpoint keeps the head beside
-the policy, so whatever reads a policy reads this one.
+those of a scalar head on the policy itself (`heads`), which whoever else reads
+the policy leaves out.
 """
 
 import dataclasses
@@ -42,7 +42,6 @@ from dpo_jax import updates
 from dpo_jax import workdirs
 from dpo_jax.data import batches
 from dpo_jax.data import examples
-from dpo_jax.models import heads
 
 # The references that PPO can have, which stay where training began, and the
 # other keys of their section.
@@ -118,12 +117,13 @@ def check(config, mesh):
 def set_up(config, mesh):
   """Builds what training and evaluating share: (runs.Run, reward function).
 
-  Reads the config's sections of it. The policy has no head yet, and the
-  `groups` are prompts.
+  Reads the config's sections of it. The `groups` are prompts.
   """
   # ------------------------------------------------ model, prompts, reward ----
   chunk = runs.head_chunk(config)
-  policy = policies.open_policy(config, mesh)
+  # A head that was trained before, of values or of a reward model, goes on;
+  # a new one knows nothing.
+  policy = policies.open_policy(config, mesh, head=0.0)
   tokenizer = policies.templated(policy.tokenizer, config.data.chat_template)
   policy = dataclasses.replace(policy, tokenizer=tokenizer)
   policies.check_adapter(policy, dict(config.reference))
@@ -169,9 +169,7 @@ def set_up(config, mesh):
     del ref, memory  # they are of losses
     if sample is None:
       return {}, []
-    values, samples = sample(
-      policy.variables(heads.without(params)), policy.variables(began)
-    )
+    values, samples = sample(policy.variables(params), policy.variables(began))
     return {f'samples/{name}': x for name, x in values.items()}, samples
 
   parts = runs.Run(
@@ -194,32 +192,6 @@ def set_up(config, mesh):
   return parts, reward
 
 
-def with_head(policy, mesh):
-  """Adds to what is trained a value head that knows nothing yet."""
-  width = policy.config.d_model
-  make = functools.partial(heads.init, jax.random.key(0), width, scale=0.0)
-  boxed = heads.boxed(jax.eval_shape(make))
-  shardings = sharding.parameter_shardings(boxed, mesh)
-  head = jax.jit(make, out_shardings=shardings)()
-  return dataclasses.replace(policy, trained=policy.trained | {'head': head})
-
-
-# --- Checkpoints --------------------------------------------------------------
-
-
-def saved(state):
-  """The items of a checkpoint: those of `steps`, the head apart."""
-  params, head = heads.without(state.params), state.params['head']
-  return steps.saved(state) | {'params': params, 'head': head}
-
-
-def restored(shapes, step, items):
-  """Makes the State, after `step` updates, of what `saved` has given."""
-  items = dict(items)
-  items['params'] = items['params'] | {'head': items.pop('head')}
-  return steps.restored_state(shapes, step, items)
-
-
 # --- The run ------------------------------------------------------------------
 
 
@@ -227,8 +199,8 @@ def _run(config, workdir, mesh):
   # --------------------------------------- model, prompts, reward, sizes ----
   check(config, mesh)
   base, reward = set_up(config, mesh)
-  policy = with_head(base.policy, mesh)
-  prompts, seed, size = base.groups['train'], config.seed, config.rollout.size
+  policy, prompts = base.policy, base.groups['train']
+  seed, size = config.seed, config.rollout.size
   frozen = {'base': policy.base, 'ref': None}  # the KL is in the rewards
   ref_variables = policy.variables(base.ref)
   epochs, num_steps = config.ppo.epochs, config.num_steps
@@ -268,7 +240,7 @@ def _run(config, workdir, mesh):
       seed=seed, step=number - 1, batch_size=size, num_groups=len(prompts)
     )
     return collect(
-      policy.variables(heads.without(params)),
+      policy.variables(params),
       [prompts[n] for n in chosen],
       jax.random.fold_in(policies.stream(seed, name), number),
     )
@@ -322,15 +294,15 @@ def _run(config, workdir, mesh):
       memory |= {'reward': moments(roll(policy.trained, 1, 'normalizer'), mesh)}
     state = steps.init_state(policy.trained, update.tx, memory=memory)
   else:
-    like, measured = saved(update.shapes), True
+    like, measured = steps.saved(update.shapes), True
     if own:
       first, items, measured = checkpoint.restore(
         directory, like, set_aside=True
       )
     else:
       first, items = workdirs.restore(resume, like)
-    state = restored(update.shapes, first * per_step, items)
-  policy.trained = base.policy.trained = None  # donated, or not needed
+    state = steps.restored_state(update.shapes, first * per_step, items)
+  policy.trained = None  # donated, or not needed
   checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
   own = [step for step in own if step <= first]  # those beyond were set aside
   writer = metrics.Nowhere()
@@ -411,10 +383,10 @@ def _run(config, workdir, mesh):
         ratings = measure(number)
         measured = True
       if due('save', number):
-        checkpoints.save(number, saved(state), values=ratings)
+        checkpoints.save(number, steps.saved(state), values=ratings)
   except processes.Preempted as stop:
     if done > max(own, default=0) and done != checkpoints.newest:
-      checkpoints.save(done, saved(state), measured=measured)
+      checkpoints.save(done, steps.saved(state), measured=measured)
     stop.what = f'SIGTERM after step {done} of {num_steps}'
     if done in (checkpoints.newest, *own):
       stop.what += ', which is saved'

@@ -145,7 +145,6 @@ def make_read(model_config, *, chunk):
 
   def read(variables, batch):
     hidden_RSD, unembed_VD = scored(variables, batch)
-    trained = variables.get('lora', variables['params'])
     logps_RS = logps.token_logps(
       hidden_RSD,
       unembed_VD,
@@ -153,7 +152,7 @@ def make_read(model_config, *, chunk):
       chunk,
       cap=model_config.logit_cap,
     )
-    return logps_RS, heads.apply(trained['head'], hidden_RSD)
+    return logps_RS, heads.apply(variables['params']['head'], hidden_RSD)
 
   return read
 

@@ -63,7 +63,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   mode = config.reference.mode
 
   # --------------------------------------------------------------- model ----
-  policy = policies.open_policy(config, mesh)
+  policy = policies.open_policy(config, mesh, head=head_scale(config))
   model_config = policy.config
   tokenizer = policies.templated(policy.tokenizer, config.data.chat_template)
   policies.check_adapter(policy, dict(config.reference))
@@ -123,6 +123,11 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       sums, evaluation_plan('test'), mesh, ref_values=ref_values['test']
     )
   how = dict(config.eval.samples)
+  if how['num_prompts'] and table.of_head(config.loss):
+    raise ValueError(
+      'a reward model scores texts and writes none; set'
+      ' eval.samples.num_prompts to 0'
+    )
   prompts = sample_prompts(
     how.pop('prompts'),
     how.pop('num_prompts'),
@@ -181,6 +186,11 @@ def frozen_start(policy):
     lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy),
     out_shardings=jax.tree.map(lambda x: x.sharding, start),
   )(start)
+
+
+def head_scale(config):
+  """Returns the scale of a new head, None where the losses need no head."""
+  return 1.0 if table.of_head(config.loss) else None
 
 
 def frozen_copy(tree, policy):
@@ -244,12 +254,12 @@ def load_groups(data, tokenizer, model_config, terms):
       cost=constraint(data.constraint, terms),
     )
     texts.append(f'{split}, in tokens\n{report}')
-    if form == 'rankings' and any(term.loss.ordered for term in terms):
+    if any(term.loss.ordered for term in terms):
       groups[split], ties = examples.drop_ties(groups[split])
-      texts.append(f'{split}: {ties:,} rankings with ties dropped')
+      texts.append(f'{split}: {ties:,} {form} with ties dropped')
       if ties and not groups[split]:
         raise ValueError(
-          f'all {ties:,} rankings of the {split} split have ties, which a loss'
+          f'all {ties:,} {form} of the {split} split have ties, which a loss'
           ' of orders cannot learn from; use infonca with a reward_temperature'
         )
     if groups[split] and any(term.loss.mismatched for term in terms):
@@ -347,7 +357,7 @@ def check_data(groups, terms, form):
         f'loss {name!r}: reduction {term.reduction!r} compares the lengths of a'
         f' pair; data.form is {form!r}'
       )
-    could = 'rewards' in loss.needs
+    could = {'p', 'rewards'} <= set(loss.needs)  # one of them is the target
     if could and rewarded and 'rewards' not in term.needs:
       raise ValueError(
         f'the data has rewards, which loss {name!r} ignores; set its'
@@ -356,5 +366,5 @@ def check_data(groups, terms, form):
     if 'rewards' in term.needs and not rewarded:
       raise ValueError(
         f'loss {name!r} needs rewards, which the data lacks; add them, or set'
-        ' its reward_temperature to 0'
+        f' its {"margin_scale" if loss.head else "reward_temperature"} to 0'
       )

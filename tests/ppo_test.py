@@ -67,7 +67,7 @@ def comparable(workdir):
 
 def params_in(workdir, config):
   mesh = sharding.make_mesh(**config.mesh)
-  policy = policies.open_policy(config, mesh)
+  policy = policies.open_policy(config, mesh, head=0.0)
   return workdirs.restore(workdir, {'params': policy.trained})
 
 
@@ -460,15 +460,15 @@ def test_bad_configs_stop_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-  'reward, message',
+  'values, message',
   [
-    (lambda p, r: np.full(len(r), np.nan), 'prompt: .*\n  response: '),
-    (lambda p, r: np.zeros(3), r'shape \(3,\) for 16 responses'),
-    (lambda p, r: np.ones(len(r)), 'no variance to normalize by'),
+    ([np.nan] * 16, 'prompt: .*\n  response: '),
+    ([0.0] * 3, r'shape \(3,\) for 16 responses'),
+    ([1.0] * 16, 'no variance to normalize by'),
   ],
 )
-def test_bad_rewards_stop_the_run(tmp_path, monkeypatch, reward, message):
-  monkeypatch.setitem(rewards.REWARDS, 'bad', reward)
+def test_bad_rewards_stop_the_run(tmp_path, monkeypatch, values, message):
+  monkeypatch.setitem(rewards.REWARDS, 'bad', lambda *_: values)
   with pytest.raises(ValueError, match=message):
     ppo.run(debug_config(**{'reward.name': 'bad'}), tmp_path / 'run')
 
