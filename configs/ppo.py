@@ -3,9 +3,9 @@
     dpo-jax ppo --config=configs/ppo.py --workdir=runs/ppo
     dpo-jax ppo --config=configs/ppo.py:preset=gt_ours,data=imdb --workdir=...
 
-Arguments: preset, model, data, kl, adapter, debug. `data=prompts`, the usual
-one, is a file of prompts or the openings of reviews that ship with us; other
-names are data sets whose prompts are taken.
+Arguments: preset, model, data, kl, reference (frozen, adapter_off), adapter,
+debug. `data=prompts`, the usual one, is a file of prompts or the openings of
+reviews that ship with us; other names are data sets whose prompts are taken.
 """
 
 from configs import common
@@ -90,17 +90,21 @@ def get_config(arg=''):
     model='smollm2-135m',
     data='prompts',
     kl='preset',
+    reference='auto',  # what the policy was when training began
     adapter='none',
     debug=False,
   )
   preset = common.pick(PRESETS, 'preset', arg['preset'])
+  reference = arg['reference']
+  if reference == 'auto':
+    reference = 'adapter_off' if arg['adapter'] == 'lora' else 'frozen'
   config = common.training(
     dict(
       data='jsonl' if arg['data'] == 'prompts' else arg['data'],
       loss='sft',  # whose form of data is any text with a prompt
       model=arg['model'],
       adapter=arg['adapter'],
-      reference='adapter_off' if arg['adapter'] == 'lora' else 'frozen',
+      reference=reference,
       optim='adamw',
       debug=arg['debug'],
     )

@@ -407,5 +407,6 @@ def moments(rollout, mesh):
       f' {rollout.rewards[0]}, so there is no variance to normalize by; use'
       ' another reward, or set reward.normalize to none'
     )
-  values = jax.device_get(rl.moments(np.float32(rollout.rewards)))
-  return jax.device_put(values, sharding.replicated(mesh))
+  whole = sharding.replicated(mesh)
+  found = jax.device_get(rl.moments(np.float32(rollout.rewards)))
+  return jax.tree.map(lambda x: sharding.put(x, whole), found)

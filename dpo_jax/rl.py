@@ -178,9 +178,11 @@ def value_losses(values, old_values, returns, *, clip):
   V_clip is V within `clip` of the value when the sample was made (code of
   arXiv:1909.08593). Also returns where the clipped term is the larger.
   """
-  near = old_values + jnp.clip(values - old_values, -clip, clip)
+  moved = values - old_values
+  near = old_values + jnp.clip(moved, -clip, clip)
   free, clipped = (values - returns) ** 2, (near - returns) ** 2
-  return 0.5 * jnp.maximum(free, clipped), clipped > free
+  larger = (jnp.abs(moved) > clip) & (clipped > free)  # not by rounding alone
+  return 0.5 * jnp.maximum(free, clipped), larger
 
 
 # --- Control and health -------------------------------------------------------
