@@ -48,7 +48,7 @@ class Policy:
 
   trained: its parameters, or the adapter on `base`, placed; with a head if it
   has one (`heads`). base: parameters that stay as they are under an adapter,
-  else None. scale: of the adapter.
+  else None. scale: of the adapter. step: of the checkpoint that it is from.
   """
 
   config: transformer.TransformerConfig
@@ -56,6 +56,7 @@ class Policy:
   trained: Any
   base: Any
   scale: float
+  step: int | None = None
 
   def variables(self, trained):
     """Returns what the model takes; None is the model without an adapter."""
@@ -91,20 +92,20 @@ def open_policy(config, mesh, *, workdir='', which='newest', head=None):
   with_head = trained | {
     'head': new_head(config, model_config, mesh, scale=scale_of_head)
   }
-  saved = workdir or config.init
+  saved, step = workdir or config.init, None
   if saved:
     check_kin(saved, config)
     which = which if workdir else 'newest'
     had = workdirs.has_head(saved, which=which)
     like = with_head if had else trained
-    _, items = workdirs.restore(saved, {'params': like}, which=which)
+    step, items = workdirs.restore(saved, {'params': like}, which=which)
     trained = items['params']
     with_head = with_head | trained
   if head is not None:
     trained = with_head
   else:
     trained = heads.without(trained)
-  return Policy(model_config, tokenizer, trained, base, scale)
+  return Policy(model_config, tokenizer, trained, base, scale, step)
 
 
 def new_head(config, model_config, mesh, *, scale):
