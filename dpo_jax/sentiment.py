@@ -290,7 +290,7 @@ def account(classifiers) -> str:
   return '\n'.join(
     f'{name}: n-grams of {x.kind}; '
     + ', '.join(
-      f'{key.replace("_", " ")} {value:,}' for key, value in x.about.items()
+      f'{key.replace("_", " ")} {value:,.6g}' for key, value in x.about.items()
     )
     for name, x in classifiers.items()
   )

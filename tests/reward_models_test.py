@@ -30,6 +30,10 @@ def mesh():
   return sharding.make_mesh(data=-1, fsdp=1, tensor=1)
 
 
+def shapes(tree):
+  return jax.tree.map(lambda x: x.shape, tree)
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """A run of a reward model from an SFT run: (folder, config)."""
@@ -37,7 +41,9 @@ def run(tmp_path_factory):
   sft = worlds.debug_config(folder, 'loss=sft', **FAST)
   train.train(sft, folder / 'sft')
   config = worlds.debug_config(
-    folder, 'loss=bradley_terry', **FAST | {'init': str(folder / 'sft')}
+    folder,
+    'loss=bradley_terry,optim=adamw',
+    **FAST | {'optim.lr': 1e-3, 'num_steps': 12, 'init': str(folder / 'sft')},
   )
   train.train(config, folder / 'rm')
   return folder, config
@@ -51,7 +57,9 @@ def test_the_loop_trains_head_and_trunk_from_a_run_without_a_head(run):
   after = policies.open_policy(
     config, mesh(), workdir=str(folder / 'rm'), head=1.0
   )
-  assert (before.step, after.step) == (3, 3)
+  assert (before.step, after.step) == (3, 12)
+  abstract = policies.abstract_policy(config, mesh(), head=1.0).trained
+  assert shapes(abstract) == shapes(after.trained)
   moved = jax.tree.map(
     lambda a, b: float(np.abs(a - b).max()), after.trained, before.trained
   )
@@ -126,7 +134,7 @@ def test_the_mean_held_out_score_is_taken_off(run):
     offset = last[f'heldout/rewards/{name}']
     assert reward.offset == offset != 0.0
     np.testing.assert_allclose(reward(*texts), plain(*texts) - offset)
-  named = reward_models.get(f'model:{folder / "rm"}@3')
+  named = reward_models.get(f'model:{folder / "rm"}@12')
   assert named.offset == last['heldout/rewards/mean']
   # A reward like any other.
   assert rewards.score(named, *texts).shape == (1,)
