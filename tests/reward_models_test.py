@@ -255,23 +255,36 @@ def test_one_token_and_reversed_responses_score_as_separate_sequences():
   )
   values = jax.jit(objectives.make_head_values(config))
 
-  def last_values(groups, K):
-    plan = batches.evaluation_plan(
-      groups, batch_size=len(groups), row_length=128, multiple=1, window=None
-    )
-    batch = plan.batch(0)
+  def last_values(plan):
+    batch, out = plan.batch(0), {}
     found = np.asarray(values({'params': params}, batch))
-    out = {}
     for r, s in np.argwhere(batch['slot'] >= 0):
-      g, k = divmod(int(batch['slot'][r, s]), K)
+      g, k = divmod(int(batch['slot'][r, s]), plan.responses)
       out[int(batch['group'][r, g]), k] = found[r, s]  # the last one stays
     return out
 
-  packed = last_values(groups, 3)
+  packed = last_values(
+    batches.evaluation_plan(
+      groups, batch_size=4, row_length=128, multiple=1, window=None
+    )
+  )
+  alone = [
+    examples.Group(group.prompt, (response,), 1.0, 1.0, '')
+    for group in groups
+    for response in group.responses
+  ]
+  a_row_each = last_values(
+    batches.uniform_plan(
+      alone,
+      max_prompt=9,
+      max_response=7,
+      row_groups=1,
+      batch_rows=12,
+      multiple=1,
+    )
+  )
   for (g, k), value in packed.items():
-    group = groups[g]
-    alone = examples.Group(group.prompt, (group.responses[k],), 1.0, 1.0, '')
-    np.testing.assert_allclose(value, last_values([alone], 1)[0, 0], atol=2e-5)
+    np.testing.assert_allclose(value, a_row_each[3 * g + k, 0], atol=2e-5)
 
 
 # --- A15: how good they are ---
