@@ -187,9 +187,10 @@ class _Run:
   def _restore(self, like):
     """Returns (checkpoint that says where from, what was trained).
 
-    Other libraries' folders have no place for a head, so it is left out.
+    A head, for which such folders have no place, is left out.
     """
-    if workdirs.has_head(self.workdir, which=self._which):
+    has_head = workdirs.has_head(self.workdir, which=self._which)
+    if has_head:
       width = self._opened.config.d_model
       like = like | {'head': heads.init(jax.random.key(0), width, scale=0.0)}
     # Any device will do, and the host's memory is the largest.
@@ -201,6 +202,8 @@ class _Run:
       self.workdir, {'params': like}, which=self._which
     )
     source = f'{self.workdir}, step {step}, of {self._opened.source}'
+    if has_head:
+      source += ', without its head, which `model:WORKDIR` names as a reward'
     checkpoint = dataclasses.replace(self._opened, source=source)
     return checkpoint, heads.without(items['params'])
 

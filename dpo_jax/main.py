@@ -11,6 +11,8 @@ Verbs:
   ppo      PPO on rewards of the policy's own samples (configs/ppo.py)
   convert  write a model, a run or an adapter as a folder that other libraries
            load (`conversions`): `dpo-jax convert SOURCE FOLDER`, no --config
+  sentiment  train a classifier of movie reviews, and a second judge, for
+           rewards (`sentiment`): `dpo-jax sentiment REVIEWS FOLDER`
 
 A config key is set by --config.KEY=VALUE. train, eval, sample, online and ppo
 may run as several processes, of which docs/launching.md tells.
@@ -34,6 +36,7 @@ from dpo_jax import compilations
 from dpo_jax import conversions
 from dpo_jax import evaluators
 from dpo_jax import exports
+from dpo_jax import fetch
 from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import policies
@@ -41,6 +44,7 @@ from dpo_jax import ppo
 from dpo_jax import processes
 from dpo_jax import runs
 from dpo_jax import sampling
+from dpo_jax import sentiment
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import train
@@ -224,6 +228,20 @@ def convert(arguments):
   )
 
 
+def train_sentiment(arguments):
+  """Trains the classifiers of `sentiment` and shows how good they are."""
+  if len(arguments) != 2:
+    raise ValueError(
+      "sentiment needs IMDb's reviews ('official' or a folder) and the folder"
+      f' to write: dpo-jax sentiment REVIEWS FOLDER; got {arguments}'
+    )
+  source, folder = arguments
+  made = sentiment.train(
+    source, folder, cache_dir=fetch.cache_folder() / 'data'
+  )
+  print(sentiment.account(made))
+
+
 def _needed(workdir):
   if not workdir:
     raise ValueError('this verb writes to a directory; add --workdir=DIR')
@@ -241,7 +259,7 @@ VERBS = {
 }
 
 # Verbs that need no config and take arguments of their own.
-BARE_VERBS = {'convert': convert}
+BARE_VERBS = {'convert': convert, 'sentiment': train_sentiment}
 
 # Verbs that several processes may run together.
 SHARED_VERBS = ('train', 'eval', 'sample', 'online', 'ppo')

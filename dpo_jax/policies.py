@@ -48,7 +48,7 @@ class Policy:
 
   trained: its parameters, or the adapter on `base`, placed; with a head if it
   has one (`heads`). base: parameters that stay as they are under an adapter,
-  else None. scale: of the adapter.
+  else None. scale: of the adapter. step: of the checkpoint that it is from.
   """
 
   config: transformer.TransformerConfig
@@ -56,6 +56,7 @@ class Policy:
   trained: Any
   base: Any
   scale: float
+  step: int | None = None
 
   def variables(self, trained):
     """Returns what the model takes; None is the model without an adapter."""
@@ -87,24 +88,22 @@ def open_policy(config, mesh, *, workdir='', which='newest', head=None):
       lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings
     )
     base, trained, scale = params, copy(trained), how.scale
-  scale_of_head = 0.0 if head is None else head
-  with_head = trained | {
-    'head': new_head(config, model_config, mesh, scale=scale_of_head)
-  }
-  saved = workdir or config.init
+  saved, step, had_head = workdir or config.init, None, False
   if saved:
     check_kin(saved, config)
     which = which if workdir else 'newest'
-    had = workdirs.has_head(saved, which=which)
-    like = with_head if had else trained
-    _, items = workdirs.restore(saved, {'params': like}, which=which)
-    trained = items['params']
-    with_head = with_head | trained
-  if head is not None:
-    trained = with_head
-  else:
+    had_head = workdirs.has_head(saved, which=which)
+  if had_head or head is not None:
+    scale_of_head = 0.0 if had_head else head
+    own = new_head(config, model_config, mesh, scale=scale_of_head)
+    trained = trained | {'head': own}
+  if saved:
+    like = trained if had_head else heads.without(trained)
+    step, items = workdirs.restore(saved, {'params': like}, which=which)
+    trained = trained | items['params']
+  if head is None:
     trained = heads.without(trained)
-  return Policy(model_config, tokenizer, trained, base, scale)
+  return Policy(model_config, tokenizer, trained, base, scale, step)
 
 
 def new_head(config, model_config, mesh, *, scale):
@@ -137,13 +136,13 @@ def abstract_policy(config, mesh, *, head=None):
   params = sharding.abstract(
     nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
   )
-  heads_own = {}
+  own_head = {}
   if head is not None:
     shapes = jax.eval_shape(
       lambda: heads.init(jax.random.key(0), model_config.d_model, scale=head)
     )
     where = sharding.parameter_shardings(heads.boxed(shapes), mesh)
-    heads_own = {'head': sharding.abstract(shapes, where)}
+    own_head = {'head': sharding.abstract(shapes, where)}
   section = dict(config.adapter)
   if section['kind'] == 'peft':
     raise ValueError(
@@ -151,7 +150,7 @@ def abstract_policy(config, mesh, *, head=None):
       ' choose adapter=lora, of the same rank and targets, behind the colon'
     )
   if section['kind'] == 'none':
-    return Policy(model_config, None, params | heads_own, None, 1.0)
+    return Policy(model_config, None, params | own_head, None, 1.0)
   adapter, how = None, None
 
   def new_adapter():
@@ -170,7 +169,7 @@ def abstract_policy(config, mesh, *, head=None):
     ),
     jax.tree.map(lambda x: x.sharding, params),
   )
-  return Policy(model_config, None, trained | heads_own, base, how.scale)
+  return Policy(model_config, None, trained | own_head, base, how.scale)
 
 
 def model_shape(source):
