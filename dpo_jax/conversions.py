@@ -203,7 +203,7 @@ class _Run:
     )
     source = f'{self.workdir}, step {step}, of {self._opened.source}'
     if has_head:
-      source += ', without its head, which `model:WORKDIR` names as a reward'
+      source += ', without its head, of rewards or of values'
     checkpoint = dataclasses.replace(self._opened, source=source)
     return checkpoint, heads.without(items['params'])
 

@@ -291,7 +291,8 @@ def _run(config, workdir, mesh):
   if not own and not resume:
     memory = base.first_memory
     if config.reward.normalize == 'reference':
-      memory |= {'reward': moments(roll(policy.trained, 1, 'normalizer'), mesh)}
+      rollout = roll(policy.trained, 1, 'normalizer')
+      memory = memory | {'reward': moments(rollout, mesh)}
     state = steps.init_state(policy.trained, update.tx, memory=memory)
   else:
     like, measured = steps.saved(update.shapes), True

@@ -29,6 +29,7 @@ from dpo_jax import weights
 from dpo_jax import workdirs
 from dpo_jax.data import examples
 from dpo_jax.models import heads
+from tests import processes_test
 from tests import train_test
 from tests import worlds
 
@@ -347,6 +348,27 @@ def test_devices_and_micro_batches_change_nothing(tmp_path, monkeypatch):
     assert a.keys() == b.keys()
     for key, value in a.items():
       assert abs(value - b[key]) <= 2e-4 * max(1.0, abs(value)), key
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path, monkeypatch):
+  use_devices(monkeypatch, 8)
+  changes = {'optim.lr': 1e-3, 'data.max_prompt_tokens': 12}
+  options = [f'--config.{name}={value}' for name, value in changes.items()]
+  options += ['--config.eval.samples.num_prompts=0', f'--workdir={tmp_path}/2']
+  started = processes_test.launch(
+    2, ['ppo', '--config=configs/ppo.py:debug', *options]
+  )
+  codes, _, errors = processes_test.outcome(started)
+  assert codes == [0, 0], errors
+  config = debug_config(**changes)
+  ppo.run(config, tmp_path / '1')
+  for a, b in zip(*(comparable(tmp_path / n) for n in '12'), strict=True):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+      assert abs(value - b[key]) <= 2e-4 * max(1.0, abs(value)), key
+  ends = [params_in(tmp_path / n, config)[1] for n in '12']
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *ends)
 
 
 RESUMABLE = {
