@@ -160,7 +160,7 @@ def get_config(arg=''):
   config.log_every = 1
   config.checkpoint.every = config.eval.every = 25
   samples = config.eval.samples
-  samples.reward = ''  # '': reward.name
+  samples.reward = ''  # '': reward.name; or another, or none
   samples.num_prompts = 32
   samples.samples_per_prompt = 4
   samples.max_new_tokens = config.data.max_response_tokens

@@ -149,7 +149,13 @@ def set_up(config, mesh):
   if both:  # first words of reviews may well be the same
     report += f'\n{both} of {len(heldout)} held-out prompts are trained on too'
   tqdm.tqdm.write(report, file=sys.stderr)
-  measured = how.pop('reward')
+  name = how.pop('reward')
+  if name == 'none':
+    measured = None
+  elif name:
+    measured = reward_models.get(name, mesh=mesh)
+  else:
+    measured = reward
   sample = None
   if heldout:
     sample = evaluators.make_samples(
@@ -159,7 +165,7 @@ def set_up(config, mesh):
       mesh,
       chunk=chunk,
       key=policies.stream(config.seed, 'evaluation'),
-      reward=reward_models.get(measured, mesh=mesh) if measured else reward,
+      reward=measured,
       **how,
     )
 

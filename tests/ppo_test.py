@@ -379,6 +379,7 @@ RESUMABLE = {
   'checkpoint.every': 2,
   'eval.every': 3,
   'eval.samples.num_prompts': 2,
+  'eval.samples.reward': 'none',
 }
 
 
