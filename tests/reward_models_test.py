@@ -313,7 +313,7 @@ def test_learned_rewards_are_as_good_as_their_labels(tmp_path):
   for name, flips, centering in [
     ('clean', 0.0, 0.0),
     ('flipped', 0.2, 0.0),
-    ('centered', 0.0, 0.01),
+    ('centered', 0.0, 0.1),
   ]:
     folder = tmp_path / name
     folder.mkdir()
@@ -322,6 +322,7 @@ def test_learned_rewards_are_as_good_as_their_labels(tmp_path):
       'loss=bradley_terry,optim=adamw',
       **{
         'optim.lr': 1e-3,
+        'optim.schedule': 'linear',  # the mean wanders while steps are large
         'epochs': 2.0,
         'num_steps': 0,
         'batch_size': 32,
