@@ -41,6 +41,8 @@ def trace(name, margins, *, p=1.0, level=0.0, **options):
   reduction = table.options(name, **options)['reduction']
   reduce = choices.choose(choices.REDUCTIONS, 'reduction', reduction)
   factor = reduce(jnp.arange(TOKENS), TOKENS, TOKENS, TOKENS).mean()
+  if loss.head:  # of a score, not of a sum over tokens
+    factor = 1.0
   moves = np.array(MOVES[loss.forms[0]] + (0.0,) * loss.mismatched)
   others, others_ref = (
     np.array(x if loss.batchwise else ())[:, None] * moves / 2
@@ -164,6 +166,8 @@ def draw(name, title, path):
   loss, x = table.get(name), MARGINS
   if loss.forms[0] == 'pairs':
     xlabel = 'h' if loss.reference else 'log π(yw) − log π(yl)'
+    if loss.head:
+      xlabel = 'r(yw) − r(yl)'
   elif loss.reference:
     xlabel = 'ρ'
   else:

@@ -8,11 +8,14 @@ Verbs:
   sample   continue --prompt with the policy of --workdir (or model.source)
   eval     measure the policy of --workdir (or model.source)
   online   rounds of sampling, scoring and training (configs/quickstart.py)
+  ppo      PPO on rewards of the policy's own samples (configs/ppo.py)
   convert  write a model, a run or an adapter as a folder that other libraries
            load (`conversions`): `dpo-jax convert SOURCE FOLDER`, no --config
+  sentiment  train a classifier of movie reviews, and a second judge, for
+           rewards (`sentiment`): `dpo-jax sentiment REVIEWS FOLDER`
 
-A config key is set by --config.KEY=VALUE. train, eval, sample and online may
-run as several processes, of which docs/launching.md tells.
+A config key is set by --config.KEY=VALUE. train, eval, sample, online and ppo
+may run as several processes, of which docs/launching.md tells.
 """
 
 import json
@@ -33,13 +36,16 @@ from dpo_jax import compilations
 from dpo_jax import conversions
 from dpo_jax import evaluators
 from dpo_jax import exports
+from dpo_jax import fetch
 from dpo_jax import launches
 from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import policies
+from dpo_jax import ppo
 from dpo_jax import processes
 from dpo_jax import runs
 from dpo_jax import sampling
+from dpo_jax import sentiment
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import train
@@ -160,7 +166,10 @@ def evaluate(config, workdir):
     workdirs.check_same(workdir, config, (*train.RESUMED, 'eval'))
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
-    run = runs.set_up(config, mesh, splits=('test',))
+    if 'ppo' in config:
+      run, _ = ppo.set_up(config, mesh)
+    else:
+      run = runs.set_up(config, mesh, splits=('test',))
     items, step = {'params': run.policy.trained}, 0
     if config.reference.mode == 'ema':
       items['ref'] = run.policy.trained
@@ -200,6 +209,12 @@ def online_and_print(config, workdir):
   print(online.run(config, _needed(workdir)))
 
 
+def ppo_and_print(config, workdir):
+  """Trains by PPO in `workdir`."""
+  print(json.dumps(config.as_dict(), indent=2))
+  ppo.run(config, _needed(workdir))
+
+
 def convert(arguments):
   """Writes a model or an adapter as a folder; see `conversions`."""
   if len(arguments) != 2:
@@ -222,6 +237,20 @@ def convert(arguments):
   )
 
 
+def train_sentiment(arguments):
+  """Trains the classifiers of `sentiment` and shows how good they are."""
+  if len(arguments) != 2:
+    raise ValueError(
+      "sentiment needs IMDb's reviews ('official' or a folder) and the folder"
+      f' to write: dpo-jax sentiment REVIEWS FOLDER; got {arguments}'
+    )
+  source, folder = arguments
+  made = sentiment.train(
+    source, folder, cache_dir=fetch.cache_folder() / 'data'
+  )
+  print(sentiment.account(made))
+
+
 def _needed(workdir):
   if not workdir:
     raise ValueError('this verb writes to a directory; add --workdir=DIR')
@@ -235,13 +264,14 @@ VERBS = {
   'sample': sample,
   'eval': evaluate,
   'online': online_and_print,
+  'ppo': ppo_and_print,
 }
 
 # Verbs that need no config and take arguments of their own.
-BARE_VERBS = {'convert': convert}
+BARE_VERBS = {'convert': convert, 'sentiment': train_sentiment}
 
 # Verbs that several processes may run together.
-SHARED_VERBS = ('train', 'eval', 'sample', 'online')
+SHARED_VERBS = ('train', 'eval', 'sample', 'online', 'ppo')
 
 # Verbs that read a run's checkpoint, of which --checkpoint says which.
 READERS = ('eval', 'sample', 'convert')

@@ -3,6 +3,7 @@
 import pytest
 
 from configs import common
+from configs import ppo as ppo_configs
 from configs import preference
 from configs import quickstart
 from configs import sft
@@ -77,6 +78,31 @@ def test_the_papers_settings_are_the_default():
   assert config.optim.keywords.decay == 0.99
   assert config.optim.warmup_steps == 150
   assert config.optim.schedule == 'constant'
+
+
+@pytest.mark.parametrize(
+  'preset, sizes, kl, changes',
+  [
+    ('gt_trl', (256, 1), (0.2, 6.0), {'reward.normalize': 'none'}),
+    ('gt_ours', (1024, 256), (0.15, 6.0), {'reward.normalize': 'reference'}),
+    ('learned', (1024, 256), (0.15, 6.0), {'reward.name': ''}),
+    ('lm_human', (512, 512), (0.15, 6.0), {'ppo.whiten_rewards': True}),
+  ],
+)
+def test_ppo_has_the_settings_of_published_runs(preset, sizes, kl, changes):
+  config = ppo_configs.get_config(f'preset={preset}')
+  assert (config.rollout.size, config.batch_size) == sizes
+  assert (config.kl.coef, config.kl.target) == kl
+  assert config.kl.horizon == 10000.0 and config.ppo.epochs == 4
+  assert (config.ppo.gamma, config.ppo.lam) == (1.0, 0.95)
+  assert (config.ppo.clip, config.ppo.value_clip) == (0.2, 0.2)
+  assert config.ppo.value_coef == 0.1 and config.ppo.whiten_advantages
+  for name, value in changes.items():
+    section, key = name.split('.')
+    assert config[section][key] == value
+  lora = ppo_configs.get_config(f'preset={preset},adapter=lora,kl=fixed')
+  assert lora.reference.mode == 'adapter_off'
+  assert set(lora.kl) == {'kind', 'coef', 'estimator'}
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_prepare_train_eval_sample(tmp_path):
       "no key 'alpha' here",
     ),
     (['train', '--config=configs/sft.py'], 'add --workdir=DIR'),
+    (['ppo', '--config=configs/ppo.py:debug'], 'add --workdir=DIR'),
     (
       ['train', '--config=configs/sft.py', '--checkpoint=best'],
       '--checkpoint is for eval, sample, convert',

@@ -19,6 +19,8 @@ from dpo_jax.data import batches
 from dpo_jax.data import partners
 from dpo_jax.losses import scoring
 from dpo_jax.losses import table
+from dpo_jax.models import heads
+from dpo_jax.models import transformer
 from tests import worlds
 
 # A soft cap of the logits that is felt: wherever it is forgotten, it shows.
@@ -28,7 +30,20 @@ LONGEST = 24
 
 @functools.cache
 def models():
-  return worlds.params_of(CONFIG), worlds.params_of(CONFIG, seed=1)
+  head = heads.init(jax.random.key(2), CONFIG.d_model, scale=1.0)
+  head['bias'] += 0.3
+  policy = worlds.params_of(CONFIG) | {'head': head}
+  return policy, worlds.params_of(CONFIG, seed=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_head_values(config, params, tokens):
+  """The head's number at every token of one plain sequence [1, T]: [T]."""
+  positions = jnp.arange(tokens.shape[1])[None]
+  hidden = transformer.Transformer(config).apply(
+    {'params': params}, tokens, positions, 0 * positions, positions + 1
+  )
+  return hidden[0] @ params['head']['kernel'] + params['head']['bias']
 
 
 @functools.cache
@@ -53,7 +68,7 @@ def data(form):
 
 @functools.cache
 def tokens_by_hand(form):
-  """Per response, per token: log pi, log pi_ref, KL, log sum p^2."""
+  """Per response, per token: log pi, log pi_ref, KL, log sum p^2, head."""
   policy, ref = models()
   out = []
   for group in data(form):
@@ -75,13 +90,16 @@ def tokens_by_hand(form):
           'ref': ref_logp[at],
           'kls': (np.exp(ref_logp) * (ref_logp - logp)).sum(-1),
           'collisions': np.log((np.exp(logp) ** 2).sum(-1)),
+          'head': np.asarray(plain_head_values(CONFIG, policy, padded[None]))[
+            where + 1
+          ],
         }
       )
   return out
 
 
-def scores_by_hand(form, reduction, reference):
-  """Scores [N, K] of all groups of a form."""
+def scores_by_hand(form, reduction, reference, scored='policy'):
+  """Scores [N, K] of all groups of a form, of log-probs or of the head."""
   groups, tokens = data(form), tokens_by_hand(form)
   K = len(groups[0].responses)
   lengths = np.array([len(r['policy']) for r in tokens], float).reshape(-1, K)
@@ -89,6 +107,8 @@ def scores_by_hand(form, reduction, reference):
 
   def weights(i, k):
     length = int(lengths[i, k])
+    if kind == 'last':
+      return np.arange(length) == length - 1
     if kind.startswith('ld'):
       head = int(lengths[i].min())
       tail = length - head
@@ -110,7 +130,7 @@ def scores_by_hand(form, reduction, reference):
 
   excess = summed([r['policy'] - r['collisions'] for r in tokens])
   fields = {
-    'policy': reduced('policy'),
+    'policy': reduced(scored),
     'ref': reduced('ref') if reference else np.zeros(lengths.shape),
     'lengths': lengths,
     'p': np.array([group.p for group in groups]),
@@ -137,7 +157,10 @@ def loss_by_hand(section, form, reference):
     # Only a loss of mismatched responses may see them.
     alone = form == 'mismatched' and not term.loss.mismatched
     scores = scores_by_hand(
-      'unpaired' if alone else form, term.reduction, reference
+      'unpaired' if alone else form,
+      term.reduction,
+      reference,
+      'head' if term.loss.head else 'policy',
     )
     total += term.weight * (weight * np.asarray(table.values(term, scores)))
   return total.sum()
@@ -199,6 +222,18 @@ CASES += [
   ({'infonca': table.options('infonca', reward_temperature=2.0)}, 'rankings'),
   ({'plackett_luce': table.options('plackett_luce', top=1)}, 'rankings'),
   ({'sft': table.options('sft', reduction='batch_mean')}, 'sft'),
+  (
+    {
+      'bradley_terry': table.options(
+        'bradley_terry', margin_scale=0.5, centering=0.2
+      )
+    },
+    'rankings',
+  ),
+  (
+    {'reward_plackett_luce': table.options('reward_plackett_luce')},
+    'rankings',
+  ),
   ({'bco': table.options('bco')}, 'unpaired'),
   (table.section('mpo'), 'pairs'),
   (table.section('dpo+likelihood_penalty+tdpo2'), 'pairs'),
@@ -240,6 +275,7 @@ def test_rows_equal_separate_sequences(case):
     ('mpo', 'pairs'),
     ('kto', 'mismatched'),
     ('plackett_luce', 'rankings'),
+    ('bradley_terry', 'pairs'),
   ],
 )
 def test_batch_terms_on_eight_devices_equal_one(text, form):

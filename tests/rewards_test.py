@@ -25,6 +25,25 @@ def test_an_unknown_reward_names_the_nearest():
     rewards.get('vade')
 
 
+def test_any_function_is_a_reward_by_its_name():
+  assert rewards.get('python:dpo_jax.rewards.length') is rewards.length
+
+
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('python:length', 'write python:MODULE.FUNCTION'),
+    ('python:no_such_module.x', "'no_such_module' cannot be imported .*PYTHON"),
+    ('python:dpo_jax.rewards.lenght', "'lenght'; did you mean 'length'"),
+    ('python:dpo_jax.rewards.REWARDS', 'not a function'),
+    ('pyton:dpo_jax.rewards.length', "reward 'pyton'; did you mean 'python'"),
+  ],
+)
+def test_a_function_that_is_none_says_so(name, message):
+  with pytest.raises(ValueError, match=message):
+    rewards.get(name)
+
+
 @pytest.mark.parametrize(
   'response, value',
   [('call 911', 1.0), ('x\n2', 1.0), ('nine', 0.0), ('', 0.0), ('²', 0.0)],

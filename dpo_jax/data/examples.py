@@ -278,6 +278,17 @@ def encode_prompts(
   return [np.array(tokens) for tokens in encoded]
 
 
+def encode_responses(
+  responses: Iterable[str], tokenizer, limit: int
+) -> list[np.ndarray]:
+  """Encodes responses that have ended, as to train on; none is EOS alone."""
+  encoded = []
+  for tokens in tokenizer.encode_batch(list(responses)):
+    tokens = _with_eos(tokens, True, tokenizer) or [tokenizer.eos_id]
+    encoded.append(np.array(tokens[:limit], np.int32))
+  return encoded
+
+
 def fit_prompt(
   tokens: list[int], tokenizer, limit: int
 ) -> tuple[list[int], bool]:
