@@ -63,7 +63,11 @@ def run(config, workdir):
   workdirs.check(workdir, config)
   train.keep_compiled(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
-  with processes.heed_sigterm(), sharding.use(mesh):
+  with (
+    processes.heed_sigterm(),
+    workdirs.held(workdir),
+    sharding.use(mesh),
+  ):
     return _run(config, workdir, mesh)
 
 
@@ -333,8 +337,10 @@ def _run(config, workdir, mesh):
   processes.heed_by_poll()
   try:
     if not measured:
-      measure(first)
+      ratings = measure(first)
       measured = True
+      if first in own and due('save', first):
+        checkpoints.rate(first, ratings)
     for number in tqdm.trange(
       first + 1, num_steps + 1, initial=first, total=num_steps, desc='ppo'
     ):
@@ -390,9 +396,11 @@ def _run(config, workdir, mesh):
         ratings = measure(number)
         measured = True
       if due('save', number):
+        writer.sync()
         checkpoints.save(number, steps.saved(state), values=ratings)
   except processes.Preempted as stop:
     if done > max(own, default=0) and done != checkpoints.newest:
+      writer.sync()
       checkpoints.save(done, steps.saved(state), measured=measured)
     stop.what = f'SIGTERM after step {done} of {num_steps}'
     if done in (checkpoints.newest, *own):
