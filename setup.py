@@ -24,6 +24,7 @@ setuptools.setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12',
     'safetensors>=0.5',
+    'scipy>=1.13',  # JAX needs it too
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.8',
     'tokenizers>=0.22',

@@ -156,13 +156,14 @@ def training(arg):
   )
   config.eval.samples = dict(
     prompts='',  # JSON Lines with a `prompt` each; '': of held-out groups
-    num_prompts=4,  # of them, at most, to sample from; 0: none
+    # Of them, at most, to sample from; 0: none, as of a reward model.
+    num_prompts=0 if table.of_head(loss) else 4,
     samples_per_prompt=1,
     max_new_tokens=64,
     temperature=1.0,  # 1 without truncation: needed for an honest KL
     top_p=1.0,
     batch_size=32,  # sampled at once
-    reward='none',  # a name of rewards.REWARDS
+    reward='none',  # a name, see dpo_jax/rewards.py
     cost='none',  # a name of rewards.CONSTRAINTS
   )
   if arg['debug']:
@@ -183,4 +184,4 @@ def shrink(config):
   config.data.row_length = 256
   config.eval.max_groups = 16
   config.eval.samples.max_new_tokens = 8
-  config.eval.samples.num_prompts = 2
+  config.eval.samples.num_prompts = min(2, config.eval.samples.num_prompts)

@@ -20,7 +20,7 @@ def get_config(arg=''):
   config.seed = 0  # of all randomness
   config.rounds = 1  # each starts from, and refers to, the last one's policy
   config.prompts = 'openings'  # or a JSON file {'train': [...], 'test': [...]}
-  config.reward = 'vader'  # a name of rewards.REWARDS; ranks the completions
+  config.reward = 'vader'  # a name, see rewards.py; ranks the completions
   config.constraint = dict(name='none')  # see configs/constrained.py
   config.sampling = dict(
     samples_per_prompt=8,

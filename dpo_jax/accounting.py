@@ -11,8 +11,9 @@ parameters in the matrices of the layers, a real token takes
 
 a pair of query and key in a layer 4 * head_dim * num_heads forward, twice that
 backward, and a scored token 2 * D * V in the head forward, the same backward
-for the hidden state and, if it is trained, for the unembedding. What losses
-want besides log-probs (a KL over the vocabulary) is not counted.
+for the hidden state and, if it is trained, for the unembedding; a reward model
+has one number for V. What losses want besides log-probs (a KL over the
+vocabulary) is not counted.
 """
 
 import math
@@ -81,7 +82,7 @@ def matmul_parameters(config):
   return config.num_layers * (attention + mlp)
 
 
-def step_flops(config, work, *, live, adapter=None):
+def step_flops(config, work, *, live, adapter=None, outputs=None):
   """Returns the model FLOPs of training on some groups.
 
   Args:
@@ -89,6 +90,7 @@ def step_flops(config, work, *, live, adapter=None):
     work: summed.
     live: whether a reference is computed, not cached.
     adapter: parameters of the adapter that is trained, None if all weights are.
+    outputs: numbers that a scored token gets; None: a logit of every word.
   """
   frozen = adapter is not None
   # In units of a forward pass.
@@ -102,7 +104,7 @@ def step_flops(config, work, *, live, adapter=None):
     layers * 2 * matmul_parameters(config) * work.tokens
     + 6 * (adapter or 0) * work.tokens
     + attention * 4 * config.head_dim * config.num_heads * seen
-    + head * 2 * config.d_model * config.vocab_size * work.scored
+    + head * 2 * config.d_model * (outputs or config.vocab_size) * work.scored
   )
 
 

@@ -95,6 +95,22 @@ def restore(directory, like, *, which=NEWEST, set_aside=False) -> Found:
   )
 
 
+def leaves(directory, item, *, which=NEWEST):
+  """Names the arrays of an item, as the newest manifest that is whole does.
+
+  All checkpoints of a run have the same; () where no manifest can be read.
+  """
+  directory = pathlib.Path(directory).absolute()
+  candidates = steps(directory)[::-1]
+  if candidates and which != NEWEST:
+    candidates = [_chosen(directory, candidates, which)]
+  for step in candidates:
+    manifest, reason = _manifest(directory, step)
+    if not reason:
+      return tuple(manifest['items'].get(item, ()))
+  return ()
+
+
 def _chosen(directory, candidates, which):
   """Returns the step that `which` means."""
   if which == BEST:

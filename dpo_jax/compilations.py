@@ -27,6 +27,7 @@ from dpo_jax import updates
 from dpo_jax.data import batches
 from dpo_jax.data import examples
 from dpo_jax.data import partners
+from dpo_jax.losses import table
 
 _GIB = 2**30
 _RANKED = 4  # responses of a ranking, where no lengths are given
@@ -131,7 +132,7 @@ def prove(config, topology, *, lengths=()):
 
   # ------------------------------------------------------ model and batch ----
   terms = runs.bind_losses(config)
-  policy = policies.abstract_policy(config, mesh)
+  policy = policies.abstract_policy(config, mesh, head=runs.head_scale(config))
   reference = abstract_reference(config, policy)
   lengths = group_lengths(config, lengths)
   plan = batches.plan_steps(
@@ -214,6 +215,7 @@ def prove(config, topology, *, lengths=()):
       accounting.summed(work, plan.steps[0]),
       live=config.reference.mode not in ('cached', 'none'),
       adapter=adapter,
+      outputs=1 if table.of_head(config.loss) else None,
     ),
     seconds=compiled.seconds,
     memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

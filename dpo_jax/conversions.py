@@ -22,6 +22,7 @@ from dpo_jax import policies
 from dpo_jax import weights
 from dpo_jax import workdirs
 from dpo_jax.models import families
+from dpo_jax.models import heads
 from dpo_jax.models import layouts
 from dpo_jax.models import lora
 
@@ -184,7 +185,13 @@ class _Run:
     return *self._restore(new), how
 
   def _restore(self, like):
-    """Returns (checkpoint that says where from, what was trained)."""
+    """Returns (checkpoint that says where from, what was trained).
+
+    Other libraries' folders have no place for a head, so it is left out.
+    """
+    if workdirs.has_head(self.workdir, which=self._which):
+      width = self._opened.config.d_model
+      like = like | {'head': heads.init(jax.random.key(0), width, scale=0.0)}
     # Any device will do, and the host's memory is the largest.
     place = jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])
     like = jax.tree.map(
@@ -195,7 +202,7 @@ class _Run:
     )
     source = f'{self.workdir}, step {step}, of {self._opened.source}'
     checkpoint = dataclasses.replace(self._opened, source=source)
-    return checkpoint, items['params']
+    return checkpoint, heads.without(items['params'])
 
 
 def _write_adapter(run: _Run, folder, *, overwrite: bool) -> str:

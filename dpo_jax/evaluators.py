@@ -125,6 +125,14 @@ def response_texts(samples, tokenizer):
   return texts
 
 
+def prompt_texts(prompts, tokenizer):
+  """Decodes prompts, without the BOS that the model wants before them."""
+  return [
+    tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :], start=True)
+    for prompt in prompts
+  ]
+
+
 def make_samples(
   model_config,
   tokenizer,
@@ -157,7 +165,7 @@ def make_samples(
       reported.
     top_p: nucleus.
     batch_size: samples computed at once.
-    reward: name of a reward, or 'none'.
+    reward: of `reward_models.get`, or None.
     cost: name of a constraint score, or 'none'.
 
   The evaluator maps (variables, ref_variables) to (values, records): means
@@ -165,7 +173,6 @@ def make_samples(
   `ref_variables` (None) there is no `kl`.
   """
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
-  score = None if reward == 'none' else rewards.get(reward)
   constraint = None if cost == 'none' else rewards.get_constraint(cost)
   honest = temperature == 1.0 and top_p == 1.0
   sequence_kl = make_sequence_kl(model_config, mesh, chunk=chunk)
@@ -201,16 +208,11 @@ def make_samples(
       )
       columns['kl'] = sequence_kl(variables, ref_variables, plan)
     texts = response_texts(samples, tokenizer)
-    prompt_texts = [
-      tokenizer.decode(prompt[int(prompt[0] == tokenizer.bos_id) :], start=True)
-      for prompt in repeated
-    ]
-    if score:
-      columns['reward'] = rewards.score(score, prompt_texts, texts)
+    begun = prompt_texts(repeated, tokenizer)
+    if reward:
+      columns['reward'] = rewards.score(reward, begun, texts)
     if constraint:
-      columns['cost'] = rewards.score_constraint(
-        constraint, prompt_texts, texts
-      )
+      columns['cost'] = rewards.score_constraint(constraint, begun, texts)
     values = {'distinct_2': rewards.distinct_n(texts, 2)}
     for name, column in columns.items():
       by_prompt = np.reshape(column, (len(prompts), -1)).mean(1)
@@ -220,7 +222,7 @@ def make_samples(
     records = [
       {'prompt': prompt, 'response': text}
       | {name: float(column[i]) for name, column in columns.items()}
-      for i, (prompt, text) in enumerate(zip(prompt_texts, texts))
+      for i, (prompt, text) in enumerate(zip(begun, texts))
     ]
     return values, records
 

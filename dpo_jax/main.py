@@ -8,11 +8,12 @@ Verbs:
   sample   continue --prompt with the policy of --workdir (or model.source)
   eval     measure the policy of --workdir (or model.source)
   online   rounds of sampling, scoring and training (configs/quickstart.py)
+  ppo      PPO on rewards of the policy's own samples (configs/ppo.py)
   convert  write a model, a run or an adapter as a folder that other libraries
            load (`conversions`): `dpo-jax convert SOURCE FOLDER`, no --config
 
-A config key is set by --config.KEY=VALUE. train, eval, sample and online may
-run as several processes, of which docs/launching.md tells.
+A config key is set by --config.KEY=VALUE. train, eval, sample, online and ppo
+may run as several processes, of which docs/launching.md tells.
 """
 
 import json
@@ -36,6 +37,7 @@ from dpo_jax import exports
 from dpo_jax import names
 from dpo_jax import online
 from dpo_jax import policies
+from dpo_jax import ppo
 from dpo_jax import processes
 from dpo_jax import runs
 from dpo_jax import sampling
@@ -151,7 +153,10 @@ def evaluate(config, workdir):
     workdirs.check_same(workdir, config, (*train.RESUMED, 'eval'))
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
-    run = runs.set_up(config, mesh, splits=('test',))
+    if 'ppo' in config:
+      run, _ = ppo.set_up(config, mesh)
+    else:
+      run = runs.set_up(config, mesh, splits=('test',))
     items, step = {'params': run.policy.trained}, 0
     if config.reference.mode == 'ema':
       items['ref'] = run.policy.trained
@@ -191,6 +196,12 @@ def online_and_print(config, workdir):
   print(online.run(config, _needed(workdir)))
 
 
+def ppo_and_print(config, workdir):
+  """Trains by PPO in `workdir`."""
+  print(json.dumps(config.as_dict(), indent=2))
+  ppo.run(config, _needed(workdir))
+
+
 def convert(arguments):
   """Writes a model or an adapter as a folder; see `conversions`."""
   if len(arguments) != 2:
@@ -226,13 +237,14 @@ VERBS = {
   'sample': sample,
   'eval': evaluate,
   'online': online_and_print,
+  'ppo': ppo_and_print,
 }
 
 # Verbs that need no config and take arguments of their own.
 BARE_VERBS = {'convert': convert}
 
 # Verbs that several processes may run together.
-SHARED_VERBS = ('train', 'eval', 'sample', 'online')
+SHARED_VERBS = ('train', 'eval', 'sample', 'online', 'ppo')
 
 # Verbs that read a run's checkpoint, of which --checkpoint says which.
 READERS = ('eval', 'sample', 'convert')

@@ -14,6 +14,7 @@ from dpo_jax import logps
 from dpo_jax import names
 from dpo_jax.losses import scoring
 from dpo_jax.losses import table
+from dpo_jax.models import heads
 from dpo_jax.models import transformer
 
 # Mode -> the other keys of a config's reference section.
@@ -32,20 +33,39 @@ def make_scored(model_config):
   Hidden states that predict the scored tokens; padding entries hold slot 0's.
   `variables` are of `lora.variables`: parameters and perhaps an adapter.
   """
-  model = transformer.Transformer(model_config)
+  hidden = _make_hidden(model_config)
 
   def scored(variables, batch):
-    hidden_RTD = model.apply(
-      variables,
-      batch['tokens'],
-      batch['positions'],
-      batch['lo'],
-      batch['hi'],
-    )
-    hidden_RSD = logps.gather_scored(hidden_RTD, batch['source'])
+    hidden_RSD = logps.gather_scored(hidden(variables, batch), batch['source'])
     return hidden_RSD, transformer.unembedding(variables['params'])
 
   return scored
+
+
+def _make_hidden(model_config):
+  """Returns (variables, batch) -> hidden states of all slots [R, T, D]."""
+  model = transformer.Transformer(model_config)
+
+  def hidden(variables, batch):
+    inputs = (batch[name] for name in ('tokens', 'positions', 'lo', 'hi'))
+    return model.apply(variables, *inputs)
+
+  return hidden
+
+
+def make_head_values(model_config):
+  """Returns (variables, batch) -> the head's float32 number at every scored
+  token [R, S], read where the token itself stands.
+
+  At a response's last token that is the score of the whole response.
+  """
+  hidden = _make_hidden(model_config)
+
+  def head_values(variables, batch):
+    hidden_RSD = logps.gather_scored(hidden(variables, batch), batch['at'])
+    return heads.apply(variables['params']['head'], hidden_RSD)
+
+  return head_values
 
 
 def make_token_logps(model_config, *, chunk):
@@ -122,6 +142,8 @@ def make_sums(
   weighted sum of the terms. Logged rewards are those of `table.of_rewards`: its
   beta times log pi - log pi_ref in sums over tokens (DPO, eq. 5), without a
   reference beta times the reduced log pi; a loss without a beta counts as 1.
+  Where the losses are of a reward model, its head's numbers stand in the place
+  of log pi, and no log-probs are computed.
 
   Args:
     model_config: of policy and reference.
@@ -135,6 +157,8 @@ def make_sums(
   """
   K, cap = responses, model_config.logit_cap
   scored = make_scored(model_config)
+  head_values = make_head_values(model_config)
+  head = table.of_head(term.name for term in terms)
   needs = {field for term in terms for field in term.needs}
   partnered = any(term.loss.mismatched for term in terms)
   of_rewards = table.of_rewards(terms)
@@ -152,14 +176,17 @@ def make_sums(
       values_RQ = jnp.broadcast_to(values_RGK, (R, G, K)).reshape(R, G * K)
       return jnp.take_along_axis(values_RQ, jnp.maximum(slot_RS, 0), axis=1)
 
-    # ------------------------------------------- log-probs of all tokens ----
-    hidden, target_RS = scored(variables, batch), targets(batch)
-    if weighted:
-      policy_RS, collisions_RS = logps.token_logps_and_collisions(
-        *hidden, target_RS, chunk, cap=cap
-      )
+    # ------------------------- log-probs, or head's numbers, of all tokens ----
+    if head:
+      policy_RS = head_values(variables, batch)
     else:
-      policy_RS = logps.token_logps(*hidden, target_RS, chunk, cap=cap)
+      hidden, target_RS = scored(variables, batch), targets(batch)
+      if weighted:
+        policy_RS, collisions_RS = logps.token_logps_and_collisions(
+          *hidden, target_RS, chunk, cap=cap
+        )
+      else:
+        policy_RS = logps.token_logps(*hidden, target_RS, chunk, cap=cap)
     ref_RS = jnp.zeros_like(policy_RS)
     if reference == 'cached':
       ref_RS = batch['ref_token_logps']
@@ -225,9 +252,28 @@ def make_sums(
     implicit_RGK = scoring.implicit_rewards(
       rewarded if reference == 'none' else scores, beta=of_rewards.reward_scale
     )
+    if head:
+      mean_RG = jnp.mean(implicit_RGK, -1)
+      out['rewards/mean'] = _total(mean_RG, mask_RG)
+      return out | compared(implicit_RGK, mask_RG), memory
     return out | measured(form, scores, implicit_RGK), memory
 
   return sums
+
+
+def _total(values_RG, mask_RG):
+  return jnp.sum(jnp.where(mask_RG, values_RG, 0.0)), jnp.sum(mask_RG)
+
+
+def compared(rewards_RGK, mask_RG):
+  """What is logged of the rewards of the best and the worst response."""
+  chosen_RG, rejected_RG = rewards_RGK[..., 0], rewards_RGK[..., -1]
+  return {
+    'rewards/chosen': _total(chosen_RG, mask_RG),
+    'rewards/rejected': _total(rejected_RG, mask_RG),
+    'rewards/margin': _total(chosen_RG - rejected_RG, mask_RG),
+    'rewards/accuracy': _total(chosen_RG > rejected_RG, mask_RG),
+  }
 
 
 def measured(form, scores, rewards_RGK):
@@ -242,7 +288,7 @@ def measured(form, scores, rewards_RGK):
   K = logps_RGK.shape[-1]
 
   def mean(values_RG, where_RG=mask_RG):
-    return jnp.sum(jnp.where(where_RG, values_RG, 0.0)), jnp.sum(where_RG)
+    return _total(values_RG, where_RG)
 
   if form == 'unpaired':
     desirable_RG = scores.p > 0.5
@@ -261,14 +307,8 @@ def measured(form, scores, rewards_RGK):
     tokens = jnp.sum(jnp.where(mask_RG, scores.lengths[..., 0], 0.0))
     out['token_nll'] = -out['logps/chosen'][0], tokens
     return out
-  chosen_RG, rejected_RG = rewards_RGK[..., 0], rewards_RGK[..., -1]
-  out |= {
-    'logps/rejected': mean(logps_RGK[..., -1]),
-    'rewards/chosen': mean(chosen_RG),
-    'rewards/rejected': mean(rejected_RG),
-    'rewards/margin': mean(chosen_RG - rejected_RG),
-    'rewards/accuracy': mean(chosen_RG > rejected_RG),
-  }
+  out['logps/rejected'] = mean(logps_RGK[..., -1])
+  out |= compared(rewards_RGK, mask_RG)
   if scores.kls is not None:
     out['kl/chosen'] = mean(scores.kls[..., 0])
     out['kl/rejected'] = mean(scores.kls[..., -1])

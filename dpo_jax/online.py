@@ -30,6 +30,7 @@ from dpo_jax import metrics
 from dpo_jax import policies
 from dpo_jax import processes
 from dpo_jax import report
+from dpo_jax import reward_models
 from dpo_jax import rewards
 from dpo_jax import runs
 from dpo_jax import sampling
@@ -39,6 +40,7 @@ from dpo_jax import train
 from dpo_jax import workdirs
 from dpo_jax.data import examples
 from dpo_jax.data import openings
+from dpo_jax.losses import table
 
 _CURVES = (
   'train/loss',
@@ -78,7 +80,7 @@ def run(config, workdir):
   train_config = config.train.as_dict()
   check_train_config(train_config, max_new_tokens=how['max_new_tokens'])
   check_losses(config.train)
-  score = rewards.get(reward)
+  score = reward_models.get(reward)
   constraint, cost, dual = read_constraint(config.constraint, rounds=rounds)
   multiplier, start = dual.pop('multiplier'), dual.pop('start')
   if train_config['reference']['mode'] == 'adapter_off' and (
@@ -205,6 +207,10 @@ def check_train_config(config, *, max_new_tokens):
 def check_losses(config):
   """Refuses losses that the pairs of a round, which have no labels, lack."""
   terms = runs.bind_losses(config)
+  if table.of_head(config.loss):
+    raise ValueError(
+      'rounds train a policy, not a reward model; choose a loss of log-probs'
+    )
   if config.data.form != 'pairs':
     raise ValueError(
       f'train.data.form is {config.data.form!r}, but rounds write pairs; choose'

@@ -18,6 +18,7 @@ from dpo_jax import weights
 from dpo_jax import workdirs
 from dpo_jax.data import tokenizers
 from dpo_jax.models import families
+from dpo_jax.models import heads
 from dpo_jax.models import lora
 from dpo_jax.models import presets
 from dpo_jax.models import transformer
@@ -45,8 +46,9 @@ ADAPTERS = {
 class Policy:
   """A model, and what of it is trained.
 
-  trained: its parameters, or the adapter on `base`, placed. base: parameters
-  that stay as they are under an adapter, else None. scale: of the adapter.
+  trained: its parameters, or the adapter on `base`, placed; with a head if it
+  has one (`heads`). base: parameters that stay as they are under an adapter,
+  else None. scale: of the adapter.
   """
 
   config: transformer.TransformerConfig
@@ -60,9 +62,12 @@ class Policy:
     return lora.variables(self.base, trained, self.scale)
 
 
-def open_policy(config, mesh, *, workdir='', which='newest'):
+def open_policy(config, mesh, *, workdir='', which='newest', head=None):
   """Opens the model with its adapter, if any: as it is in `workdir`, else new
   or as `config.init` says. `which` checkpoint of `workdir`, see `checkpoint`.
+
+  head: the scale of a new head (`heads.init`) where there is to be one; a head
+  that was trained before goes on. None: there is none, whatever was trained.
   """
   section = dict(config.adapter)
   alone = section['kind'] == 'none'
@@ -82,16 +87,39 @@ def open_policy(config, mesh, *, workdir='', which='newest'):
       lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings
     )
     base, trained, scale = params, copy(trained), how.scale
+  scale_of_head = 0.0 if head is None else head
+  with_head = trained | {
+    'head': new_head(config, model_config, mesh, scale=scale_of_head)
+  }
   saved = workdir or config.init
   if saved:
     check_kin(saved, config)
     which = which if workdir else 'newest'
-    _, items = workdirs.restore(saved, {'params': trained}, which=which)
+    had = workdirs.has_head(saved, which=which)
+    like = with_head if had else trained
+    _, items = workdirs.restore(saved, {'params': like}, which=which)
     trained = items['params']
+    with_head = with_head | trained
+  if head is not None:
+    trained = with_head
+  else:
+    trained = heads.without(trained)
   return Policy(model_config, tokenizer, trained, base, scale)
 
 
-def abstract_policy(config, mesh):
+def new_head(config, model_config, mesh, *, scale):
+  """Returns a new head, placed; see `heads.init` for its scale."""
+
+  def make():
+    key = stream(config.seed, 'head')
+    return heads.init(key, model_config.d_model, scale=scale)
+
+  boxed = heads.boxed(jax.eval_shape(make))
+  shardings = sharding.parameter_shardings(boxed, mesh)
+  return jax.jit(make, out_shardings=shardings)()
+
+
+def abstract_policy(config, mesh, *, head=None):
   """Returns the Policy of `open_policy` with shapes in the place of weights.
 
   Nothing but a config.json is read. `dtype` 'auto' is that of accelerators.
@@ -109,6 +137,13 @@ def abstract_policy(config, mesh):
   params = sharding.abstract(
     nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
   )
+  heads_own = {}
+  if head is not None:
+    shapes = jax.eval_shape(
+      lambda: heads.init(jax.random.key(0), model_config.d_model, scale=head)
+    )
+    where = sharding.parameter_shardings(heads.boxed(shapes), mesh)
+    heads_own = {'head': sharding.abstract(shapes, where)}
   section = dict(config.adapter)
   if section['kind'] == 'peft':
     raise ValueError(
@@ -116,7 +151,7 @@ def abstract_policy(config, mesh):
       ' choose adapter=lora, of the same rank and targets, behind the colon'
     )
   if section['kind'] == 'none':
-    return Policy(model_config, None, params, None, 1.0)
+    return Policy(model_config, None, params | heads_own, None, 1.0)
   adapter, how = None, None
 
   def new_adapter():
@@ -135,7 +170,7 @@ def abstract_policy(config, mesh):
     ),
     jax.tree.map(lambda x: x.sharding, params),
   )
-  return Policy(model_config, None, trained, base, how.scale)
+  return Policy(model_config, None, trained | heads_own, base, how.scale)
 
 
 def model_shape(source):

@@ -4,15 +4,26 @@ A reward is a function `reward(prompts, responses) -> float array [N]` of two
 lists of texts. Add one by writing it and naming it in `REWARDS`. A constraint
 score is a reward in [0, 1], 1 where the response breaks the constraint; its
 table is `CONSTRAINTS`.
+
+Names of rewards, as configs write them:
+
+  length, vader                 of `REWARDS`
+  sentiment:PATH                log odds of a classifier's file (`sentiment`)
+  sentiment_probability:PATH    its probability of a positive text
+  python:MODULE.FUNCTION        any function of yours
+  model:WORKDIR                 a reward model that `train` trained: that needs
+                                devices, so `reward_models.get` has it too
 """
 
 import functools
+import importlib
 import re
 
 import numpy as np
 from vaderSentiment import vaderSentiment
 
 from dpo_jax import names
+from dpo_jax import sentiment
 
 
 @functools.cache
@@ -25,6 +36,13 @@ def _compounds(texts):
   return np.array([score(text)['compound'] for text in texts])
 
 
+def _whole(prompts, responses):
+  return [
+    prompt + response
+    for prompt, response in zip(prompts, responses, strict=True)
+  ]
+
+
 def vader(prompts, responses):
   """Returns VADER's compound sentiment of prompt + response, in [-1, 1].
 
@@ -32,10 +50,7 @@ def vader(prompts, responses):
   and completion: a response may begin in the middle of a sentence or a word.
   With neutral prompts the score is the response's.
   """
-  return _compounds(
-    prompt + response
-    for prompt, response in zip(prompts, responses, strict=True)
-  )
+  return _compounds(_whole(prompts, responses))
 
 
 def length(prompts, responses):
@@ -56,13 +71,70 @@ def negative(prompts, responses):
   return (1.0 - _compounds(responses)) / 2.0
 
 
+def log_odds(path):
+  """Returns the reward log(P(positive) / P(negative)) of prompt + response.
+
+  `path` is of a file of `sentiment`. This is the logit that TRL's PPO example
+  takes, and EXO (arXiv:2402.00856); the whole text is scored, as in `vader`.
+  """
+  classifier = sentiment.load(path)
+  return lambda prompts, responses: classifier.log_odds(
+    _whole(prompts, responses)
+  )
+
+
+def probability(path):
+  """Returns the reward P(positive | prompt + response), in [0, 1].
+
+  What the DPO paper's frontier has on its axis (arXiv:2305.18290, section 6).
+  """
+  classifier = sentiment.load(path)
+  return lambda prompts, responses: classifier.probability(
+    _whole(prompts, responses)
+  )
+
+
+def function(path):
+  """Returns the function MODULE.FUNCTION, a reward of the user's."""
+  module, _, name = path.rpartition('.')
+  if not module:
+    raise ValueError(
+      f'reward python:{path}: write python:MODULE.FUNCTION, such as'
+      ' python:my_rewards.politeness'
+    )
+  try:
+    found = importlib.import_module(module)
+  except ImportError as error:
+    raise ValueError(
+      f'reward python:{path}: module {module!r} cannot be imported ({error});'
+      ' install it, or put its folder on PYTHONPATH'
+    ) from error
+  known = {key: value for key, value in vars(found).items() if key[0] != '_'}
+  made = names.look_up(known, f'name in module {module}', name)
+  if not callable(made):
+    raise ValueError(
+      f'reward python:{path} is {made!r:.60}, not a function (prompts,'
+      ' responses) -> [N]'
+    )
+  return made
+
+
 REWARDS = {'vader': vader, 'length': length}
+# What stands before the colon of a name -> what makes a reward of the rest.
+MAKERS = {
+  'sentiment': log_odds,
+  'sentiment_probability': probability,
+  'python': function,
+}
 CONSTRAINTS = {'digits': digits, 'negative': negative}
 
 
 def get(name):
-  """Returns the reward of that name."""
-  return names.look_up(REWARDS, 'reward', name)
+  """Returns the reward of that name, but for those of `reward_models`."""
+  kind, colon, rest = str(name).partition(':')
+  if not colon:
+    return names.look_up(REWARDS, 'reward', name)
+  return names.look_up(MAKERS, 'kind of reward', kind)(rest)
 
 
 def get_constraint(name):

@@ -16,6 +16,7 @@ from dpo_jax import objectives
 from dpo_jax import policies
 from dpo_jax import processes
 from dpo_jax import ref_cache
+from dpo_jax import reward_models
 from dpo_jax import rewards
 from dpo_jax import sharding
 from dpo_jax.data import batches
@@ -62,7 +63,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   mode = config.reference.mode
 
   # --------------------------------------------------------------- model ----
-  policy = policies.open_policy(config, mesh)
+  policy = policies.open_policy(config, mesh, head=head_scale(config))
   model_config = policy.config
   tokenizer = policies.templated(policy.tokenizer, config.data.chat_template)
   policies.check_adapter(policy, dict(config.reference))
@@ -101,11 +102,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
         )
   start_ref = None  # cached: the weights leave memory, samples have no KL
   if mode == 'frozen' or (mode != 'cached' and config.eval.samples.num_prompts):
-    start = policies.start(policy)
-    start_ref = jax.jit(
-      lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy),
-      out_shardings=jax.tree.map(lambda x: x.sharding, start),
-    )(start)
+    start_ref = frozen_start(policy)
 
   # ---------------------------------------------------------- evaluators ----
   sums = objectives.make_sums(
@@ -126,6 +123,11 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       sums, evaluation_plan('test'), mesh, ref_values=ref_values['test']
     )
   how = dict(config.eval.samples)
+  if how['num_prompts'] and table.of_head(config.loss):
+    raise ValueError(
+      'a reward model scores texts and writes none; set'
+      ' eval.samples.num_prompts to 0'
+    )
   prompts = sample_prompts(
     how.pop('prompts'),
     how.pop('num_prompts'),
@@ -133,6 +135,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     tokenizer,
     max_prompt_tokens=config.data.max_prompt_tokens,
   )
+  reward = how.pop('reward')
   if prompts:
     evaluate_samples = evaluators.make_samples(
       model_config,
@@ -141,6 +144,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       mesh,
       chunk=chunk,
       key=policies.stream(config.seed, 'evaluation'),
+      reward=None if reward == 'none' else reward_models.get(reward, mesh=mesh),
       **how,
     )
 
@@ -173,6 +177,20 @@ def head_chunk(config):
   if config.logps_chunk < 1:
     raise ValueError(f'logps_chunk is {config.logps_chunk}; use 1 or more')
   return config.logps_chunk
+
+
+def frozen_start(policy):
+  """Returns a copy, to be the reference, of what is trained; see `start`."""
+  start = policies.start(policy)
+  return jax.jit(
+    lambda tree: frozen_copy(jax.tree.map(jnp.copy, tree), policy),
+    out_shardings=jax.tree.map(lambda x: x.sharding, start),
+  )(start)
+
+
+def head_scale(config):
+  """Returns the scale of a new head, None where the losses need no head."""
+  return 1.0 if table.of_head(config.loss) else None
 
 
 def frozen_copy(tree, policy):
@@ -236,12 +254,12 @@ def load_groups(data, tokenizer, model_config, terms):
       cost=constraint(data.constraint, terms),
     )
     texts.append(f'{split}, in tokens\n{report}')
-    if form == 'rankings' and any(term.loss.ordered for term in terms):
+    if any(term.loss.ordered for term in terms):
       groups[split], ties = examples.drop_ties(groups[split])
-      texts.append(f'{split}: {ties:,} rankings with ties dropped')
+      texts.append(f'{split}: {ties:,} {form} with ties dropped')
       if ties and not groups[split]:
         raise ValueError(
-          f'all {ties:,} rankings of the {split} split have ties, which a loss'
+          f'all {ties:,} {form} of the {split} split have ties, which a loss'
           ' of orders cannot learn from; use infonca with a reward_temperature'
         )
     if groups[split] and any(term.loss.mismatched for term in terms):
@@ -277,24 +295,31 @@ def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
   if not number:
     return []
   if source:
-    texts = []
-    with open(source, encoding='utf-8') as f:
-      for line_number, line in enumerate(f, start=1):
-        try:
-          texts.append(json.loads(line)['prompt'])
-        except (ValueError, KeyError, TypeError) as error:
-          raise ValueError(
-            f'{source}:{line_number}: not a JSON object with a "prompt"'
-          ) from error
+    texts = read_prompts(source)
     prompts = examples.encode_prompts(texts, tokenizer, max_prompt_tokens)
   else:
     prompts = {tuple(g.prompt.tolist()): g.prompt for g in groups}.values()
   if not prompts:
     raise ValueError(
       'eval.samples needs held-out prompts and there are none; raise'
-      ' data.held_out or set eval.samples.num_prompts to 0'
+      ' data.held_out, give a file of them as eval.samples.prompts, or set'
+      ' eval.samples.num_prompts to 0'
     )
   return list(prompts)[:number]
+
+
+def read_prompts(source):
+  """Reads JSON Lines with a `prompt` each: a list of texts or messages."""
+  prompts = []
+  with open(source, encoding='utf-8') as f:
+    for number, line in enumerate(f, start=1):
+      try:
+        prompts.append(json.loads(line)['prompt'])
+      except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+          f'{source}:{number}: not a JSON object with a "prompt"'
+        ) from error
+  return prompts
 
 
 def check_data(groups, terms, form):
@@ -332,7 +357,7 @@ def check_data(groups, terms, form):
         f'loss {name!r}: reduction {term.reduction!r} compares the lengths of a'
         f' pair; data.form is {form!r}'
       )
-    could = 'rewards' in loss.needs
+    could = {'p', 'rewards'} <= set(loss.needs)  # one of them is the target
     if could and rewarded and 'rewards' not in term.needs:
       raise ValueError(
         f'the data has rewards, which loss {name!r} ignores; set its'
@@ -341,5 +366,5 @@ def check_data(groups, terms, form):
     if 'rewards' in term.needs and not rewarded:
       raise ValueError(
         f'loss {name!r} needs rewards, which the data lacks; add them, or set'
-        ' its reward_temperature to 0'
+        f' its {"margin_scale" if loss.head else "reward_temperature"} to 0'
       )

@@ -26,6 +26,7 @@ from dpo_jax import steps
 from dpo_jax import updates
 from dpo_jax import workdirs
 from dpo_jax.data import batches
+from dpo_jax.losses import table
 
 
 def check_accumulate(config, mesh):
@@ -339,6 +340,7 @@ def make_share_of_peak(config, policy, groups, mesh):
       accounting.summed(work, numbers),
       live=live,
       adapter=adapter,
+      outputs=1 if table.of_head(config.loss) else None,
     )
     return flops / peak
 

@@ -129,6 +129,13 @@ def differences(old, new, prefix=''):
   return out
 
 
+def has_head(workdir, *, which=checkpoint.NEWEST):
+  """Whether what a run trained has a head, see `models/heads`."""
+  directory = os.path.join(workdir, 'checkpoints')
+  leaves = checkpoint.leaves(directory, 'params', which=which)
+  return any(name.startswith('head/') for name in leaves)
+
+
 def restore(workdir, like, *, which=checkpoint.NEWEST):
   """Loads the named items of a checkpoint of a run, see `checkpoint.restore`.
 

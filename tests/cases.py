@@ -167,6 +167,8 @@ def log_odds(mean_logps):
   return mean_logps - np.log(1 - np.exp(mean_logps))
 
 
+GIVEN = np.array([[1.0, 0.25], [0.5, 0.0], [-1.0, -1.5]])  # rewards of pairs
+
 MEANS = mean_of(POLICY)
 ODDS = log_odds(MEANS)
 
@@ -324,6 +326,57 @@ FORMULAS = [
     np.mean(np.maximum(0.0, COSTS - 0.5) * np.exp(MEANS), -1),
     {'costs': COSTS},
   ),
+  # Of a reward model's scores.
+  Case('bradley_terry', {}, nll(POLICY[:, 0] - POLICY[:, 1])),
+  Case(
+    'bradley_terry',
+    {'margin_scale': 2.0, 'centering': 0.01, 'label_smoothing': 0.2},
+    0.8 * nll(POLICY[:, 0] - POLICY[:, 1] - 2.0 * (GIVEN[:, 0] - GIVEN[:, 1]))
+    + 0.2 * nll(2.0 * (GIVEN[:, 0] - GIVEN[:, 1]) - POLICY[:, 0] + POLICY[:, 1])
+    + 0.01 * (POLICY[:, 0] + POLICY[:, 1]) ** 2,
+    {'rewards': GIVEN},
+  ),
+  Case(
+    'bradley_terry',
+    {'labels': 'soft'},
+    P * nll(POLICY[:, 0] - POLICY[:, 1])
+    + (1 - P) * nll(POLICY[:, 1] - POLICY[:, 0]),
+    {'p': P},
+  ),
+  Case(
+    'bradley_terry',
+    {'margin_scale': 1.0, 'centering': 0.1},
+    np.mean(
+      [
+        nll(POLICY_3[:, i] - POLICY_3[:, j] - REWARDS_3[:, i] + REWARDS_3[:, j])
+        + 0.1 * (POLICY_3[:, i] + POLICY_3[:, j]) ** 2
+        for i, j in [(0, 1), (0, 2), (1, 2)]
+      ],
+      0,
+    ),
+    ranking(),
+  ),
+  Case(
+    'reward_plackett_luce',
+    {'centering': 0.1},
+    -np.log(softmax(POLICY_3)[:, 0])
+    - np.log(softmax(POLICY_3[:, 1:])[:, 0])
+    + 0.1
+    * np.mean(
+      [
+        (POLICY_3[:, i] + POLICY_3[:, j]) ** 2
+        for i, j in [(0, 1), (0, 2), (1, 2)]
+      ],
+      0,
+    ),
+    ranking(),
+  ),
+  Case(
+    'reward_plackett_luce',
+    {'top': 1},
+    -np.log(softmax(POLICY_3)[:, 0]),
+    ranking(),
+  ),
   # Choices around a loss.
   Case(
     'hinge',
@@ -429,8 +482,8 @@ def draw(seed, *, B=6, K=2, size=5.0, dtype=np.float32):
 
 
 def reduced(scores, how):
-  """Scores of sums as those of another reduction: 'sum' or 'mean'."""
-  if how == 'sum':
+  """Scores of sums as those of another reduction; 'last' is of no sum."""
+  if how in ('sum', 'last'):
     return scores
   return scores._replace(
     policy=scores.policy / scores.lengths, ref=scores.ref / scores.lengths

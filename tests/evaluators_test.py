@@ -88,7 +88,7 @@ def test_samples_are_measured(temperature):
     temperature=temperature,
     top_p=1.0,
     batch_size=8,
-    reward='length',
+    reward=rewards.length,
     cost='negative',
   )
   policy = {'params': worlds.params_of(config)}

@@ -33,6 +33,8 @@ OPTIONS = (
     ('exo', {'reward_temperature': 0.5, 'label_smoothing': 0.0}),
     ('aot', {'label_smoothing': 0.1}),
     ('aot_unpaired', {'label_smoothing': 0.1}),
+    ('bradley_terry', {'margin_scale': 1.0, 'centering': 0.1}),
+    ('bradley_terry', {'label_smoothing': 0.2}),
     # What a sum of log-probs is to a loss that usually has means.
     ('simpo', {'reduction': 'sum'}),
   ]

@@ -41,6 +41,12 @@ IDENTITIES = [
   (('unlikelihood', {'alpha': 0.0}), ('sft', {}), {}),
   (('token_unlikelihood', {'alpha': 0.0}), ('sft', {}), {}),
   (('orpo', {'alpha': 0.0}), ('sft', {'reduction': 'mean'}), {}),
+  (('bradley_terry', {}), ('dpo', {'beta': 1.0}), NO_REF),
+  (
+    ('bradley_terry', {'label_smoothing': 0.1}),
+    ('cdpo', {'beta': 1.0}),
+    NO_REF,
+  ),
   (
     ('aot', {'beta': 0.1, 'label_smoothing': 0.1}),
     ('cdpo', {}),
@@ -75,6 +81,19 @@ def test_plackett_luce_of_two_is_dpo_bit_for_bit(link, size):
   for one, other in zip(
     cases.measure('plackett_luce', {'link': link}, scores),
     cases.measure('dpo', {'link': link}, scores),
+  ):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize('size', [1.0, 30.0, 1e4])
+@pytest.mark.parametrize('options', [{}, {'centering': 0.1}])
+def test_reward_plackett_luce_of_two_is_bradley_terry_bit_for_bit(
+  options, size
+):
+  scores = cases.draw(0, B=1000, size=size)
+  for one, other in zip(
+    cases.measure('reward_plackett_luce', options, scores),
+    cases.measure('bradley_terry', options, scores),
   ):
     np.testing.assert_array_equal(one, other)
 

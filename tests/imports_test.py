@@ -19,9 +19,10 @@ DEVICE_MATHS = {
   'attention_tpu',
   'losses',
   'logps',
+  'rl',
   'sampling',
 }
-HOST = {'data', 'rewards', 'report', 'constraints'}
+HOST = {'data', 'rewards', 'sentiment', 'report', 'constraints'}
 # What a room's files must not import: names of packages, or of modules of ours.
 MACHINE = {
   'accounting',
@@ -49,12 +50,14 @@ MIDDLE = {
   'runs',
   'steps',
   'policies',
+  'reward_models',
   'conversions',
   'updates',
+  'rollouts',
 }
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
-LOOPS = {'train', 'online', 'compilations', 'main'}
+LOOPS = {'train', 'ppo', 'online', 'compilations', 'main'}
 HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections'}
 MATHS_FORBIDDEN = {
   'absl',

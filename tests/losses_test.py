@@ -195,6 +195,8 @@ INVARIANT = {
   'tdpo1',
   'tdpo2',
   'aot',
+  'bradley_terry',
+  'reward_plackett_luce',
 }
 
 

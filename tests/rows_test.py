@@ -51,6 +51,7 @@ def test_a_pair_is_laid_out_as_documented():
   assert row['lo'] == [0, 1, 2, 2, 2, 2, 2, 2, 8, 9]
   assert row['hi'] == [5, 5, 3, 4, 5, 6, 7, 8, 9, 10]
   assert row['source'] == [4, 5, 6, 4, 1, 0]
+  assert row['at'] == [5, 6, 7, 1, 0, 0]
   assert row['target'] == [C1, C2, E, R1, E, 0]
   assert row['slot'] == [0, 0, 0, 1, 1, -1]
   assert row['mask'] == [True] and row['group'] == [0]
@@ -180,6 +181,9 @@ def test_a_scored_token_is_predicted_from_what_came_before(K, window):
     of = groups[batch['group'][r, g]]
     t = int(np.sum(batch['slot'][r, :s] == batch['slot'][r, s]))
     assert batch['target'][r, s] == of.responses[k][t]
+    at = batch['at'][r, s]
+    assert batch['tokens'][r, at] == of.responses[k][t]
+    assert batch['positions'][r, at] == len(of.prompt) + t
     source = batch['source'][r, s]
     lo, hi = batch['lo'][r, source], batch['hi'][r, source]
     assert lo <= source < hi

@@ -323,15 +323,15 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(items['params']))
 
 
-def command(config, workdir):
-  """Runs `train` on a saved config in a process of its own, on one device."""
+def command(config, workdir, call='train.train'):
+  """Calls a loop with a saved config in a process of its own, on one device."""
   path = workdir.with_suffix('.config.json')
   path.write_text(json.dumps(config.as_dict()))
   code = (
     'import json, sys\n'
-    'from dpo_jax import settings, train\n'
+    f'from dpo_jax import settings, {call.partition(".")[0]}\n'
     'config = settings.Settings(json.load(open(sys.argv[1])))\n'
-    'train.train(config, sys.argv[2])\n'
+    f'{call}(config, sys.argv[2])\n'
   )
   env = os.environ | {'PYTHONPATH': str(ROOT)}
   env['XLA_FLAGS'] = env['XLA_FLAGS'].replace('_count=8', '_count=1')

@@ -22,9 +22,9 @@ longer than the window, the block is written as two, `prompt | chosen` and
 `prompt | rejected`.
 
 Only response tokens are scored; each scored token has `source` (the slot whose
-hidden state predicts it), `target` and `slot` (which response of the row):
-above 4->c1, 5->c2, 6->E in slot 0 and 4->r1, 1->E in slot 1. Group g of a row
-owns slots gK .. gK+K-1.
+hidden state predicts it), `at` (its own), `target` and `slot` (which response
+of the row): above 4->c1, 5->c2, 6->E in slot 0 and 4->r1, 1->E in slot 1.
+Group g of a row owns slots gK .. gK+K-1.
 
 Dimension key: R rows, T slots, S scored tokens per row, G groups per row, K
 responses per group.
@@ -174,7 +174,7 @@ def fill(
 
   Returns:
     Dict of numpy arrays: `tokens positions lo hi` int32 [R, T]; `source
-    target slot` int32 [R, S] (padding: slot -1, source and target 0);
+    at target slot` int32 [R, S] (padding: slot -1, the others 0);
     `weight p` float32 and `mask` bool [R, G]; `group` int32 [R, G] (number
     into `groups`, padding -1); `rewards costs` float32 [R, G, K], 0 where a
     group has none. Padding slots hold token 0 and attend to themselves.
@@ -187,6 +187,7 @@ def fill(
     'lo': itself,
     'hi': itself + 1,
     'source': np.zeros((R, S), np.int32),
+    'at': np.zeros((R, S), np.int32),
     'target': np.zeros((R, S), np.int32),
     'slot': np.full((R, S), -1, np.int32),
     'weight': np.zeros((R, G), np.float32),
@@ -218,6 +219,7 @@ def fill(
             continue
           span = slice(scored, scored + len(slots))
           row['source'][span] = np.concatenate([[last], slots[:-1]])
+          row['at'][span] = slots
           row['target'][span] = group.responses[k]
           row['slot'][span] = g * K + k
           scored += len(slots)

@@ -58,12 +58,19 @@ def ld_mean(index, length, shortest, mean_length, *, alpha):
   return ld(index, length, shortest, mean_length, alpha=alpha) / length
 
 
+def last_token(index, length, shortest, mean_length):
+  """The number at the last token alone: the score of a reward model's head."""
+  del shortest, mean_length
+  return jnp.where(index == length - 1, 1.0, 0.0)
+
+
 REDUCTIONS = {
   'sum': sum_tokens,
   'mean': mean_tokens,
   'batch_mean': batch_mean_tokens,
   'ld': ld,
   'ld_mean': ld_mean,
+  'last': last_token,
 }
 
 

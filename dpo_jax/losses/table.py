@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from dpo_jax import names
 from dpo_jax.losses import batchwise
 from dpo_jax.losses import choices
+from dpo_jax.losses import comparisons
 from dpo_jax.losses import levels
 from dpo_jax.losses import likelihoods
 from dpo_jax.losses import margins
@@ -37,10 +38,19 @@ class Loss(NamedTuple):
   batchwise: bool = False  # groups cannot be weighted one by one
   mismatched: bool = False  # responses come with another prompt's
   ordered: bool = False  # rankings must have no ties
+  head: bool = False  # scores responses by a head, not by their log-probs
   remember: Callable | None = None  # (scores, **keywords) -> Scores.memory
 
 
 _KWISE = ('pairs', 'rankings')
+_OF_HEADS = dict(
+  forms=_KWISE,
+  reference=False,
+  reductions=('last',),
+  weightings=('none',),
+  ordered=True,
+  head=True,
+)
 _EQUAL = ('none',)  # weightings
 
 LOSSES = {
@@ -122,6 +132,11 @@ LOSSES = {
     reductions=('mean',),
     needs=('costs',),
   ),
+  # of a reward model's scores
+  'bradley_terry': Loss(
+    comparisons.bradley_terry, needs=('rewards',), **_OF_HEADS
+  ),
+  'reward_plackett_luce': Loss(comparisons.reward_plackett_luce, **_OF_HEADS),
 }
 
 # Sums of losses that have a name of their own: loss -> the options it sets.
@@ -153,6 +168,8 @@ INSTEAD = {
   'tdpo': "two losses: 'tdpo1' and 'tdpo2'",
   'apo': "three losses: 'apo_zero', 'apo_down' and 'apo_zero_unpaired'",
   'wpo': 'an option: --config.loss.dpo.weighting=wpo',
+  'reward': "two losses of a reward model: 'bradley_terry' and"
+  " 'reward_plackett_luce'",
   'ld': 'an option: --config.loss.dpo.reduction=ld:0.5',
   'f_dpo': 'an option: --config.loss.dpo.link=forward_kl',
   'tr_dpo': 'a reference: reference=ema behind the colon of --config',
@@ -242,11 +259,19 @@ def bind(terms):
   """
   if not terms:
     raise ValueError('no loss is given; name one of the table')
-  for name in terms:
-    get(name)
+  if len({get(name).head for name in terms}) > 1:
+    raise ValueError(
+      f'{"+".join(terms)}: some of these losses are of a reward model, whose'
+      ' head scores responses, and some of log-probs; train one or the other'
+    )
   return tuple(
     _bind(name, dict(terms[name])) for name in LOSSES if name in terms
   )
+
+
+def of_head(loss_names):
+  """Whether these losses are a reward model's, whose head scores responses."""
+  return any(get(name).head for name in loss_names)
 
 
 def of_rewards(terms):
@@ -313,6 +338,8 @@ def _bind(name, values):
   needs = set(loss.needs)
   if 'reward_temperature' in values:  # which of the two is the target
     needs.discard('p' if values['reward_temperature'] else 'rewards')
+  if not values.get('margin_scale', 1.0):
+    needs.discard('rewards')
   return Term(
     name=name,
     loss=loss,
@@ -340,6 +367,8 @@ _RANGES = {
   'label_smoothing': (0.0, 1.0),
   'reward_temperature': (0.0, _HUGE),
   'eta': (0.0, _HUGE),
+  'margin_scale': (0.0, _HUGE),
+  'centering': (0.0, _HUGE),
   'desirable_weight': (0.0, _HUGE),
   'undesirable_weight': (0.0, _HUGE),
 }

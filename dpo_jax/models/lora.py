@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models import heads
 from dpo_jax.models import transformer
 
 # Weights that may have an adapter -> how many of their dimensions are inputs.
@@ -140,15 +141,17 @@ def variables(base, trained, scale):
 
   Args:
     base: parameters under an adapter, or None where there is no adapter.
-    trained: the adapter on them, None to switch it off; without a base, the
-      parameters themselves.
+    trained: the adapter on them, perhaps with a head (`heads`), None to switch
+      it off; without a base, the parameters themselves.
     scale: of `Lora`.
   """
   if base is None:
     return None if trained is None else {'params': trained}
   if trained is None:
     return {'params': base}
-  return {'params': base, 'lora': _scaled(trained, scale)}
+  adapter = heads.without(trained)
+  head = {name: trained[name] for name in trained if name not in adapter}
+  return {'params': base | head, 'lora': _scaled(adapter, scale)}
 
 
 def _scaled(adapter, scale):

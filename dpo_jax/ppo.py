@@ -1,0 +1,411 @@
+"""The on-policy loop: PPO on rewards of whole responses.
+
+A step is a rollout and what is learned of it:
+
+    sample a response to each prompt         the policy, at temperature 1
+    score them                               reward.name, from their texts
+    log-probs of policy and reference, values    the training forward pass
+    rewards of tokens, advantages, the next KL coefficient    `rl`
+    ppo.epochs passes over the rollout in minibatches of batch_size
+
+Prompts, samples and minibatches are functions of (seed, step), and the state
+holds everything else, so a killed run resumes to the same bits. The values are
+those of a scalar head on the policy itself (`heads`), which whoever else reads
+the policy leaves out.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+import tqdm
+
+from dpo_jax import checkpoint
+from dpo_jax import evaluators
+from dpo_jax import metrics
+from dpo_jax import names
+from dpo_jax import policies
+from dpo_jax import processes
+from dpo_jax import reward_models
+from dpo_jax import rl
+from dpo_jax import rollouts
+from dpo_jax import runs
+from dpo_jax import sharding
+from dpo_jax import steps
+from dpo_jax import train
+from dpo_jax import updates
+from dpo_jax import workdirs
+from dpo_jax.data import batches
+from dpo_jax.data import examples
+
+# The references that PPO can have, which stay where training began, and the
+# other keys of their section.
+REFERENCES = {'frozen': (), 'adapter_off': ()}
+
+# What a run must share with the one whose state it goes on with.
+RESUMED = ('init', 'model', 'adapter', 'reference', 'data', 'reward', 'rollout')
+
+
+def run(config, workdir):
+  """Trains as `config` says; returns the final parameters and their head.
+
+  Args:
+    config: `settings.Settings` with the keys of configs/ppo.py; every key is
+      read or the run does not start.
+    workdir: as of `train.train`; a run found there is resumed.
+  """
+  workdir = os.fspath(workdir)
+  workdirs.check(workdir, config)
+  train.keep_compiled(config.compilation_cache)
+  mesh = sharding.make_mesh(**config.mesh)
+  with processes.heed_sigterm(), sharding.use(mesh):
+    return _run(config, workdir, mesh)
+
+
+# --- Set-up -------------------------------------------------------------------
+
+
+def check(config, mesh):
+  """Refuses sizes and choices that do not fit together."""
+  size, batch_size = config.rollout.size, config.batch_size
+  if config.accumulate < 1:
+    raise ValueError(f'accumulate is {config.accumulate}; use 1 or more')
+  sharding.check_batch_size(
+    'batch_size', batch_size, mesh, parts=config.accumulate
+  )
+  if size < 1 or size % batch_size:
+    raise ValueError(
+      f'rollout.size {size} is not a multiple of batch_size {batch_size}, the'
+      f' samples of a minibatch; use {max(size // batch_size, 1) * batch_size}'
+    )
+  for name, value in [
+    ('num_steps', config.num_steps),
+    ('ppo.epochs', config.ppo.epochs),
+  ]:
+    if value < 1:
+      raise ValueError(f'{name} is {value}; use 1 or more')
+  names.look_up(REFERENCES, 'reference of PPO', config.reference.mode)
+  if not config.reward.name:
+    raise ValueError(
+      'reward.name is empty; set it to the name of a reward, such as'
+      ' model:WORKDIR of a reward model'
+    )
+  if config.rollout.temperature != 1.0:
+    raise ValueError(
+      f'rollout.temperature is {config.rollout.temperature}: its samples would'
+      ' be of another policy than the one whose log-probabilities and KL are'
+      ' trained; set it to 1'
+    )
+  kl = dict(config.kl)
+  keys = names.look_up(rl.KL_CONTROLLERS, 'kl.kind', kl['kind'])
+  if set(kl) != {'kind', 'coef', 'estimator', *keys}:
+    raise ValueError(
+      f'kl.kind {kl["kind"]!r} takes {", ".join(("coef", "estimator", *keys))},'
+      f' got {sorted(set(kl) - {"kind"})}; choose it behind the colon of'
+      f' --config (kl={kl["kind"]}), which brings its keys'
+    )
+  for name in keys:
+    if kl[name] <= 0.0:
+      raise ValueError(f'kl.{name} is {kl[name]}; use a positive number')
+
+
+def set_up(config, mesh):
+  """Builds what training and evaluating share: (runs.Run, reward function).
+
+  Reads the config's sections of it. The `groups` are prompts.
+  """
+  # ------------------------------------------------ model, prompts, reward ----
+  chunk = runs.head_chunk(config)
+  # A head that was trained before, of values or of a reward model, goes on;
+  # a new one knows nothing.
+  policy = policies.open_policy(config, mesh, head=0.0)
+  tokenizer = policies.templated(policy.tokenizer, config.data.chat_template)
+  policy = dataclasses.replace(policy, tokenizer=tokenizer)
+  policies.check_adapter(policy, dict(config.reference))
+  with processes.one_first():  # who downloads and prepares
+    prompts, report = rollouts.load_prompts(
+      config.data, tokenizer, policy.config
+    )
+  if not prompts['train']:
+    raise ValueError('there are no prompts to train on; see data.source')
+  reward = reward_models.get(config.reward.name, mesh=mesh)
+
+  # ------------------------------------------------------------ evaluator ----
+  how = dict(config.eval.samples)
+  heldout = runs.sample_prompts(
+    how.pop('prompts'),
+    how.pop('num_prompts'),
+    [examples.Group(p, (), 1.0, 1.0, '') for p in prompts['test']],
+    tokenizer,
+    max_prompt_tokens=config.data.max_prompt_tokens,
+  )
+  known = {tuple(prompt) for prompt in prompts['train']}
+  both = sum(tuple(prompt) in known for prompt in heldout)
+  if both:  # first words of reviews may well be the same
+    report += f'\n{both} of {len(heldout)} held-out prompts are trained on too'
+  tqdm.tqdm.write(report, file=sys.stderr)
+  measured = how.pop('reward')
+  sample = None
+  if heldout:
+    sample = evaluators.make_samples(
+      policy.config,
+      tokenizer,
+      heldout,
+      mesh,
+      chunk=chunk,
+      key=policies.stream(config.seed, 'evaluation'),
+      reward=reward_models.get(measured, mesh=mesh) if measured else reward,
+      **how,
+    )
+
+  began = runs.frozen_start(policy)  # None: the model without its adapter
+
+  def evaluate(params, ref, memory):
+    del ref, memory  # they are of losses
+    if sample is None:
+      return {}, []
+    values, samples = sample(policy.variables(params), policy.variables(began))
+    return {f'samples/{name}': x for name, x in values.items()}, samples
+
+  parts = runs.Run(
+    policy=policy,
+    sums=rollouts.make_sums(
+      policy.config,
+      chunk=chunk,
+      clip=config.ppo.clip,
+      value_clip=config.ppo.value_clip,
+      value_coef=config.ppo.value_coef,
+    ),
+    ref=began,
+    first_memory=jax.device_put(
+      rollouts.first_memory(kl_coef=config.kl.coef), sharding.replicated(mesh)
+    ),
+    groups=prompts,
+    ref_values={},
+    evaluate=evaluate,
+  )
+  return parts, reward
+
+
+# --- The run ------------------------------------------------------------------
+
+
+def _run(config, workdir, mesh):
+  # --------------------------------------- model, prompts, reward, sizes ----
+  check(config, mesh)
+  base, reward = set_up(config, mesh)
+  policy, prompts = base.policy, base.groups['train']
+  seed, size = config.seed, config.rollout.size
+  frozen = {'base': policy.base, 'ref': None}  # the KL is in the rewards
+  ref_variables = policy.variables(base.ref)
+  epochs, num_steps = config.ppo.epochs, config.num_steps
+  per_step = epochs * (size // config.batch_size)  # updates
+
+  plan = functools.partial(
+    rollouts.plan,
+    max_prompt=max(map(len, prompts)),
+    max_response=config.data.max_response_tokens,
+    batch_size=config.batch_size,
+    mesh=mesh,
+  )
+  collect = rollouts.make_collect(
+    policy.config,
+    policy.tokenizer,
+    reward,
+    max_new_tokens=config.data.max_response_tokens,
+    batch_size=config.rollout.batch_size,
+  )
+  observe = rollouts.make_observe(
+    policy.config, mesh, chunk=runs.head_chunk(config)
+  )
+  experience = rollouts.make_experience(
+    mesh,
+    normalize=config.reward.normalize,
+    no_eos_penalty=config.reward.no_eos_penalty,
+    kl=dict(config.kl),
+    gamma=config.ppo.gamma,
+    lam=config.ppo.lam,
+    whiten_rewards=config.ppo.whiten_rewards,
+    whiten_advantages=config.ppo.whiten_advantages,
+  )
+
+  def roll(params, number, name):
+    """Samples what step `number` learns from."""
+    chosen = batches.shuffled(
+      seed=seed, step=number - 1, batch_size=size, num_groups=len(prompts)
+    )
+    return collect(
+      policy.variables(params),
+      [prompts[n] for n in chosen],
+      jax.random.fold_in(policies.stream(seed, name), number),
+    )
+
+  # ----------------------------------------------------- optimizer, step ----
+  update = updates.make(
+    config,
+    policy,
+    base.sums,
+    base.first_memory,
+    mesh,
+    num_steps=num_steps * per_step,
+  )
+  tqdm.tqdm.write(
+    f'ppo: {num_steps} steps of {size} samples and {per_step} updates, from'
+    f' {len(prompts):,} prompts'
+  )
+  tqdm.tqdm.write(update.table(frozen | {'ref': base.ref}))
+
+  # ------------------------------------------------------------- restore ----
+  # 1 this workdir, 2 config.resume, 3 config.init, 4 model.source; the last
+  # two are in policy.trained already.
+  intervals = {
+    'log': config.log_every,
+    'evaluate': config.eval.every,
+    'save': config.checkpoint.every,
+  }
+  resume, keep, best = (
+    config.resume,
+    config.checkpoint.keep,
+    config.checkpoint.best,
+  )
+  if resume:
+    workdirs.check_same(resume, config, RESUMED)
+  config.check_all_read()
+  checkpoint.check(
+    keep=keep,
+    best=best,
+    every=intervals['save'],
+    eval_every=intervals['evaluate'],
+  )
+  workdirs.claim(
+    workdir, config, json.dumps([prompt.tolist() for prompt in prompts])
+  )
+  directory = os.path.join(workdir, 'checkpoints')
+  own = checkpoint.steps(directory)
+  first, measured = 0, False
+  if not own and not resume:
+    memory = base.first_memory
+    if config.reward.normalize == 'reference':
+      memory |= {'reward': moments(roll(policy.trained, 1, 'normalizer'), mesh)}
+    state = steps.init_state(policy.trained, update.tx, memory=memory)
+  else:
+    like, measured = steps.saved(update.shapes), True
+    if own:
+      first, items, measured = checkpoint.restore(
+        directory, like, set_aside=True
+      )
+    else:
+      first, items = workdirs.restore(resume, like)
+    state = steps.restored_state(update.shapes, first * per_step, items)
+  policy.trained = None  # donated, or not needed
+  checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
+  own = [step for step in own if step <= first]  # those beyond were set aside
+  writer = metrics.Nowhere()
+  if processes.first():
+    writer = metrics.Writer(
+      workdir, after=first if first else -1, measured=measured
+    )
+
+  # ---------------------------------------------------------------- loop ----
+  def due(what, number):
+    every = intervals[what]
+    return number == num_steps or (every and number % every == 0)
+
+  def measure(number):
+    values, samples = base.evaluate(state.params, None, state.memory)
+    checkpoints.check_rating(values)
+    writer.write(number, values, samples)
+    return values
+
+  done = first  # the step that made `state`; `measured`: what is due at it
+  processes.heed_by_poll()
+  try:
+    if not measured:
+      measure(first)
+      measured = True
+    for number in tqdm.trange(
+      first + 1, num_steps + 1, initial=first, total=num_steps, desc='ppo'
+    ):
+      processes.poll()
+      checkpoints.check()
+      # ------------------------------------------- rollout, advantages ----
+      start = time.perf_counter()
+      rollout = roll(state.params, number, 'rollout')
+      sampled = time.perf_counter()
+      seen = observe(
+        policy.variables(state.params), ref_variables, plan(rollout.groups)
+      )
+      arrays, memory, values = jax.device_get(
+        experience(
+          state.memory, seen, np.float32(rollout.rewards), rollout.ended
+        )
+      )
+      # ------------------------------------------------------- updates ----
+      totals = []
+      for epoch in range(epochs):
+        rng = np.random.default_rng([seed, number, epoch])
+        order = rng.permutation(size)
+        samples = plan([rollout.groups[n] for n in order])
+        for n in range(samples.num_steps):
+          batch = rollouts.put_minibatch(samples, n, order, arrays, mesh)
+          state, total = update.step(state, frozen, batch)
+          totals.append(total)
+      totals = jax.device_get(totals)
+      state = state.replace(
+        memory=jax.tree.map(
+          lambda x, like: sharding.put(x, like.sharding),
+          memory,
+          update.shapes.memory,
+        )
+      )
+      done, measured = number, not due('evaluate', number)
+      # ------------------------------------------------------ log, save ----
+      seconds = time.perf_counter() - start
+      values |= evaluators.means(
+        jax.tree.map(lambda *parts: sum(parts), *totals)
+      )
+      values |= {
+        'first_ratio_gap': evaluators.means(totals[0])['ratio_gap'],
+        'step_seconds': seconds,
+        'rollout_seconds': sampled - start,
+        'samples_per_second': size / seconds,
+      }
+      train.check_finite(values, number, checkpoints)
+      if due('log', number):
+        writer.write(number, {f'train/{name}': x for name, x in values.items()})
+      ratings = None
+      if not measured:
+        ratings = measure(number)
+        measured = True
+      if due('save', number):
+        checkpoints.save(number, steps.saved(state), values=ratings)
+  except processes.Preempted as stop:
+    if done > max(own, default=0) and done != checkpoints.newest:
+      checkpoints.save(done, steps.saved(state), measured=measured)
+    stop.what = f'SIGTERM after step {done} of {num_steps}'
+    if done in (checkpoints.newest, *own):
+      stop.what += ', which is saved'
+    raise
+  finally:  # whatever happens, saves under way are finished
+    try:
+      checkpoints.close()
+    finally:
+      writer.close()
+  return state.params
+
+
+def moments(rollout, mesh):
+  """Returns the moments of a rollout's rewards, to normalize others by."""
+  if np.ptp(rollout.rewards) == 0.0:
+    raise ValueError(
+      f'all {len(rollout.rewards)} samples of the first policy have the reward'
+      f' {rollout.rewards[0]}, so there is no variance to normalize by; use'
+      ' another reward, or set reward.normalize to none'
+    )
+  values = jax.device_get(rl.moments(np.float32(rollout.rewards)))
+  return jax.device_put(values, sharding.replicated(mesh))
