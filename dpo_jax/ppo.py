@@ -150,6 +150,7 @@ def set_up(config, mesh):
     report += f'\n{both} of {len(heldout)} held-out prompts are trained on too'
   tqdm.tqdm.write(report, file=sys.stderr)
   measured = how.pop('reward')
+  judges = reward_models.get_judges(how.pop('judges'), mesh=mesh)
   sample = None
   if heldout:
     sample = evaluators.make_samples(
@@ -160,6 +161,7 @@ def set_up(config, mesh):
       chunk=chunk,
       key=policies.stream(config.seed, 'evaluation'),
       reward=reward_models.get(measured, mesh=mesh) if measured else reward,
+      judges=judges,
       **how,
     )
 

@@ -14,6 +14,26 @@ def get(name, *, mesh=None):
   return rewards.get(name)
 
 
+def get_judges(names_of, *, mesh=None):
+  """Returns {title: reward} of the names of several rewards.
+
+  A title is what an evaluation calls the judge's column: the name, or what its
+  file, folder or function is called.
+  """
+  judges = {}
+  for name in names_of:
+    kind, _, rest = str(name).partition(':')
+    path = pathlib.PurePath(rest or kind)
+    title = path.suffix[1:] if kind == 'python' else path.stem
+    if title in judges or title in evaluators.COLUMNS:
+      raise ValueError(
+        f'judge {name!r} would be called {title!r}, as another column of samples'
+        ' is; give it another file name'
+      )
+    judges[title] = get(name, mesh=mesh)
+  return judges
+
+
 def load(workdir, *, which='newest', mesh=None):
   """Opens the reward model of a run: reward(prompts, responses) -> [N]."""
   raise NotImplementedError
