@@ -19,7 +19,6 @@ from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import examples
 
-
 # What is measured of a sample by its own name, besides judges.
 COLUMNS = (
   'length',

@@ -1,5 +1,8 @@
 """Rewards that are trained models, and rewards by any name."""
 
+import pathlib
+
+from dpo_jax import evaluators
 from dpo_jax import rewards
 
 
