@@ -165,6 +165,7 @@ def training(arg):
     batch_size=32,  # sampled at once
     reward='none',  # a name, see dpo_jax/rewards.py
     cost='none',  # a name of rewards.CONSTRAINTS
+    judges=(),  # names of rewards that are measured besides
   )
   if arg['debug']:
     shrink(config)

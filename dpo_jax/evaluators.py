@@ -6,6 +6,7 @@ schedule and `main` on a finished run.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -17,6 +18,20 @@ from dpo_jax import sampling
 from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import examples
+
+# What is measured of a sample by its own name, besides judges.
+COLUMNS = (
+  'length',
+  'ended',
+  'kl',
+  'kl_sampled',
+  'entropy',
+  'reward',
+  'cost',
+  'distinct_2',
+  'prompt',
+  'response',
+)
 
 
 def means(totals):
@@ -79,38 +94,52 @@ def put_batch(plan, step, mesh, *, ref_values=None):
   return sharding.put_rows(batch, mesh, count=count)
 
 
-def make_sequence_kl(model_config, mesh, *, chunk):
-  """Returns (variables, ref_variables, plan) -> KL per group of the plan, nats.
+def make_compare(model_config, mesh, *, chunk):
+  """Returns (variables, ref_variables, plan) -> {name: value of each group}.
 
-  Groups hold one sampled response each. The KL of a group is the sum over its
-  tokens of the full-vocabulary KL(policy || reference): on samples of the
-  policy at temperature 1 its mean is the Rao-Blackwellized estimator of the
-  sequence KL.
+  Groups hold one sampled response each. `kl`, nats: the sum over its tokens of
+  the full-vocabulary KL(policy || reference); on samples of the policy at
+  temperature 1 its mean is the Rao-Blackwellized estimator of the sequence KL.
+  `kl_sampled`: log pi - log pi_ref of the response, whose mean is the plain
+  estimator of the same. `entropy`: nats of a token, the mean over the response.
   """
   scored = objectives.make_scored(model_config)
 
-  def kl_of_groups(variables, ref_variables, batch):
-    kls_RS = logps.token_kls(
+  def compare(variables, ref_variables, batch):
+    G = batch['mask'].shape[1]
+    found = logps.token_comparisons(
       *scored(variables, batch),
       *scored(ref_variables, batch),
+      objectives.targets(batch),
       chunk=chunk,
       cap=model_config.logit_cap,
     )
-    G = batch['mask'].shape[1]
-    return logps.sum_by_slot(kls_RS, batch['slot'], num_slots=G)
+    found['tokens'] = jnp.ones_like(found['kl'])
+    sums = {
+      name: logps.sum_by_slot(values_RS, batch['slot'], num_slots=G)
+      for name, values_RS in found.items()
+    }
+    return {
+      'kl': sums['kl'],
+      'kl_sampled': sums['log_ratio'],
+      'entropy': sums['entropy'] / jnp.maximum(sums['tokens'], 1.0),
+    }
 
-  step = jax.jit(kl_of_groups, out_shardings=sharding.replicated(mesh))
+  step = jax.jit(compare, out_shardings=sharding.replicated(mesh))
 
-  def sequence_kl(variables, ref_variables, plan):
-    out = np.zeros(len(plan.groups))
+  def of_groups(variables, ref_variables, plan):
+    out = {}
     for number in _progress(plan.num_steps, 'KL of samples'):
       batch = put_batch(plan, number, mesh)
-      kls_RG = np.asarray(step(variables, ref_variables, batch))
+      found = jax.device_get(step(variables, ref_variables, batch))
       groups_RG = plan.batch(number)['group']
-      out[groups_RG[groups_RG >= 0]] = kls_RG[groups_RG >= 0]
+      real_RG = groups_RG >= 0
+      for name, values_RG in found.items():
+        values = out.setdefault(name, np.zeros(len(plan.groups)))
+        values[groups_RG[real_RG]] = values_RG[real_RG]
     return out
 
-  return sequence_kl
+  return of_groups
 
 
 def response_texts(samples, tokenizer):
@@ -148,6 +177,7 @@ def make_samples(
   batch_size,
   reward,
   cost,
+  judges,
 ):
   """Returns the evaluator that samples from held-out prompts and scores.
 
@@ -156,7 +186,7 @@ def make_samples(
     tokenizer: of the model.
     prompts: int32 arrays.
     mesh: devices.
-    chunk: see `logps.token_kls`.
+    chunk: see `logps.token_comparisons`.
     key: of the samples; the same at every call, so that two policies are
       compared on the same randomness.
     samples_per_prompt: samples of each.
@@ -167,6 +197,7 @@ def make_samples(
     batch_size: samples computed at once.
     reward: of `reward_models.get`, or None.
     cost: name of a constraint score, or 'none'.
+    judges: {name: reward}, measured besides: what nothing is trained on.
 
   The evaluator maps (variables, ref_variables) to (values, records): means
   over samples with standard errors over prompts, and every text; without
@@ -175,7 +206,7 @@ def make_samples(
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
   constraint = None if cost == 'none' else rewards.get_constraint(cost)
   honest = temperature == 1.0 and top_p == 1.0
-  sequence_kl = make_sequence_kl(model_config, mesh, chunk=chunk)
+  compare = make_compare(model_config, mesh, chunk=chunk)
   longest = max(map(len, prompts))
 
   def evaluate(variables, ref_variables):
@@ -206,11 +237,13 @@ def make_samples(
         batch_rows=batch_size,
         multiple=sharding.row_shards(mesh),
       )
-      columns['kl'] = sequence_kl(variables, ref_variables, plan)
+      columns |= compare(variables, ref_variables, plan)
     texts = response_texts(samples, tokenizer)
     begun = prompt_texts(repeated, tokenizer)
     if reward:
       columns['reward'] = rewards.score(reward, begun, texts)
+    for name, judge in judges.items():
+      columns[name] = rewards.score(judge, begun, texts)
     if constraint:
       columns['cost'] = rewards.score_constraint(constraint, begun, texts)
     values = {'distinct_2': rewards.distinct_n(texts, 2)}

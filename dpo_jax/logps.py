@@ -385,29 +385,86 @@ def token_kls(
   arXiv:2305.18290). Differentiable in all arrays; the backward pass recomputes
   each chunk. Arguments as in `token_logps`, but of padding nothing is known.
   """
-  R, S = p_hidden_RSD.shape[:2]
-  p_unembed_VD = _ready(p_unembed_VD, p_hidden_RSD.dtype)
-  q_unembed_VD = _ready(q_unembed_VD, q_hidden_RSD.dtype)
+  return _compared(
+    lambda p_logp_LCV, q_logp_LCV, _: _kls(p_logp_LCV, q_logp_LCV),
+    (p_hidden_RSD, p_unembed_VD),
+    (q_hidden_RSD, q_unembed_VD),
+    jnp.zeros(p_hidden_RSD.shape[:2], jnp.int32),
+    chunk=chunk,
+    cap=cap,
+  )
+
+
+def token_comparisons(
+  p_hidden_RSD,
+  p_unembed_VD,
+  q_hidden_RSD,
+  q_unembed_VD,
+  target_RS,
+  *,
+  chunk,
+  cap,
+):
+  """Returns {'kl', 'log_ratio', 'entropy'} of each next token, [R, S] each.
+
+  KL(p || q) as of `token_kls`; log p - log q of the target, whose mean over
+  what p sampled is the same KL with more variance; and the entropy of p, nats.
+  Arguments as in `token_logps`; of padding nothing is known.
+  """
+
+  def compare(p_logp_LCV, q_logp_LCV, target_LC):
+    log_ratio_LCV = p_logp_LCV - q_logp_LCV
+    index_LC1 = jnp.maximum(target_LC, 0)[..., None]
+    return {
+      'kl': _kls(p_logp_LCV, q_logp_LCV),
+      'log_ratio': jnp.take_along_axis(log_ratio_LCV, index_LC1, -1)[..., 0],
+      'entropy': -jnp.sum(jnp.exp(p_logp_LCV) * p_logp_LCV, -1),
+    }
+
+  return _compared(
+    compare,
+    (p_hidden_RSD, p_unembed_VD),
+    (q_hidden_RSD, q_unembed_VD),
+    target_RS,
+    chunk=chunk,
+    cap=cap,
+  )
+
+
+def _kls(p_logp_LCV, q_logp_LCV):
+  return jnp.sum(jnp.exp(p_logp_LCV) * (p_logp_LCV - q_logp_LCV), -1)
+
+
+def _compared(function, p, q, target_RS, *, chunk, cap):
+  """Maps (log p [L, C, V], log q, targets [L, C]) -> [L, C] over all tokens."""
+  R, S = target_RS.shape
+  unembeddings = [
+    _ready(unembed_VD, hidden.dtype) for hidden, unembed_VD in (p, q)
+  ]
 
   @jax.checkpoint
   def one_chunk(_, inputs):
-    p_hidden_LCD, q_hidden_LCD = inputs
-    p_logp = jax.nn.log_softmax(_logits(p_hidden_LCD, p_unembed_VD, cap))
-    q_logp = jax.nn.log_softmax(_logits(q_hidden_LCD, q_unembed_VD, cap))
-    return None, jnp.sum(jnp.exp(p_logp) * (p_logp - q_logp), -1)
+    *hidden, target_LC = inputs
+    logps = [
+      jax.nn.log_softmax(_logits(hidden_LCD, unembed_VD, cap))
+      for hidden_LCD, unembed_VD in zip(hidden, unembeddings, strict=True)
+    ]
+    return None, function(*logps, target_LC)
 
-  def chunks(hidden_RSD):
-    hidden_LND = _listed(hidden_RSD)
-    L, N, D = hidden_LND.shape
+  def chunks(x_RS):
+    x_LN = _listed(x_RS)
+    L, N = x_LN.shape[:2]
     C = chunk_size(N, chunk)
-    return jnp.moveaxis(_pad(hidden_LND, C).reshape(L, -1, C, D), 1, 0)
+    return jnp.moveaxis(_pad(x_LN, C).reshape(L, -1, C, *x_LN.shape[2:]), 1, 0)
 
-  inputs = (chunks(p_hidden_RSD), chunks(q_hidden_RSD))
-  _, kls_nLC = jax.lax.scan(one_chunk, None, inputs)
-  L = kls_nLC.shape[1]
-  return (
-    jnp.moveaxis(kls_nLC, 1, 0).reshape(L, -1)[:, : R * S // L].reshape(R, S)
-  )
+  def rows(x_nLC):
+    L = x_nLC.shape[1]
+    x_LN = jnp.moveaxis(x_nLC, 1, 0).reshape(L, -1)[:, : R * S // L]
+    return x_LN.reshape(R, S)
+
+  inputs = (chunks(p[0]), chunks(q[0]), chunks(target_RS))
+  _, out_nLC = jax.lax.scan(one_chunk, None, inputs)
+  return jax.tree.map(rows, out_nLC)
 
 
 def sum_by_slot(values_RS, slot_RS, *, num_slots):

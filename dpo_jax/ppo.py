@@ -153,6 +153,7 @@ def set_up(config, mesh):
   if both:  # first words of reviews may well be the same
     report += f'\n{both} of {len(heldout)} held-out prompts are trained on too'
   tqdm.tqdm.write(report, file=sys.stderr)
+  judges = reward_models.get_judges(how.pop('judges'), mesh=mesh)
   name = how.pop('reward')
   if name == 'none':
     measured = None
@@ -170,6 +171,7 @@ def set_up(config, mesh):
       chunk=chunk,
       key=policies.stream(config.seed, 'evaluation'),
       reward=measured,
+      judges=judges,
       **how,
     )
 

@@ -7,6 +7,7 @@ wrote it to metrics.jsonl, is taken off, and E[r] = 0 there.
 """
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,26 @@ def get(name, *, mesh=None):
     workdir, _, which = workdir.partition('@')
     return load(workdir, which=which or 'newest', mesh=mesh)
   return rewards.get(name)
+
+
+def get_judges(names_of, *, mesh=None):
+  """Returns {title: reward} of the names of several rewards.
+
+  A title is what an evaluation calls the judge's column: the name, or what its
+  file, folder or function is called.
+  """
+  judges = {}
+  for name in names_of:
+    kind, _, rest = str(name).partition(':')
+    path = pathlib.PurePath(rest or kind)
+    title = path.suffix[1:] if kind == 'python' else path.stem
+    if title in judges or title in evaluators.COLUMNS:
+      raise ValueError(
+        f'judge {name!r} would be called {title!r}, as another column of'
+        ' samples is; give it another file name'
+      )
+    judges[title] = get(name, mesh=mesh)
+  return judges
 
 
 def load(workdir, *, which='newest', mesh=None, center='all'):

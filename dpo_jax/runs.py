@@ -136,6 +136,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     max_prompt_tokens=config.data.max_prompt_tokens,
   )
   reward = how.pop('reward')
+  judges = reward_models.get_judges(how.pop('judges'), mesh=mesh)
   if prompts:
     evaluate_samples = evaluators.make_samples(
       model_config,
@@ -145,6 +146,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
       chunk=chunk,
       key=policies.stream(config.seed, 'evaluation'),
       reward=None if reward == 'none' else reward_models.get(reward, mesh=mesh),
+      judges=judges,
       **how,
     )
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import evaluators
+from dpo_jax import reward_models
 from dpo_jax import rewards
 from dpo_jax import sharding
 from dpo_jax.data import batches
@@ -36,15 +37,20 @@ def test_heldout_means_do_not_depend_on_the_batch_size():
     np.testing.assert_allclose(found[1][name], value, rtol=1e-5, err_msg=name)
 
 
-def sequence_kl_by_hand(config, params, ref_params, group):
-  """Sums full-vocabulary KLs over the response of one plain sequence."""
+def by_hand(config, params, ref_params, group):
+  """What `make_compare` says of a response, of one plain sequence."""
   sequence = np.concatenate([group.prompt, group.responses[0]])
   tokens = np.zeros((1, 16), np.int32)  # one shape; what is padded comes last
   tokens[0, : len(sequence)] = sequence
   p = worlds.plain_log_probs(config, params, tokens)
   q = worlds.plain_log_probs(config, ref_params, tokens)
-  kls = np.sum(np.exp(p) * (p - q), -1)
-  return kls[len(group.prompt) - 1 : len(sequence) - 1].sum()
+  p, q = (x[len(group.prompt) - 1 : len(sequence) - 1] for x in (p, q))
+  chosen = np.arange(len(p)), group.responses[0]
+  return {
+    'kl': np.sum(np.exp(p) * (p - q)),
+    'kl_sampled': np.sum(p[chosen] - q[chosen]),
+    'entropy': -np.sum(np.exp(p) * p) / len(p),
+  }
 
 
 @pytest.mark.parametrize('cap', [None, 0.5])
@@ -61,15 +67,14 @@ def test_sequence_kl_equals_separate_sequences(cap):
     batch_rows=2,
     multiple=8,
   )
-  sequence_kl = evaluators.make_sequence_kl(config, mesh, chunk=4)
-  expected = [sequence_kl_by_hand(config, params, ref, g) for g in groups]
-  np.testing.assert_allclose(
-    sequence_kl({'params': params}, {'params': ref}, plan),
-    expected,
-    rtol=1e-4,
-  )
-  same = sequence_kl({'params': params}, {'params': params}, plan)
-  np.testing.assert_allclose(same, 0, atol=1e-5)
+  compare = evaluators.make_compare(config, mesh, chunk=4)
+  found = compare({'params': params}, {'params': ref}, plan)
+  for name in ('kl', 'kl_sampled', 'entropy'):
+    expected = [by_hand(config, params, ref, g)[name] for g in groups]
+    np.testing.assert_allclose(found[name], expected, rtol=1e-4, err_msg=name)
+  same = compare({'params': params}, {'params': params}, plan)
+  np.testing.assert_allclose(same['kl'], 0, atol=1e-5)
+  np.testing.assert_allclose(same['kl_sampled'], 0, atol=1e-5)
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
@@ -90,6 +95,7 @@ def test_samples_are_measured(temperature):
     batch_size=8,
     reward=rewards.length,
     cost='negative',
+    judges={'digits': rewards.digits},
   )
   policy = {'params': worlds.params_of(config)}
   values, records = evaluate(
@@ -107,6 +113,9 @@ def test_samples_are_measured(temperature):
   assert costs == list(rewards.negative([], [r['response'] for r in records]))
   np.testing.assert_allclose(values['cost'], np.mean(costs))
   assert 0 <= values['cost_se'] <= 0.5
+  digits = [r['digits'] for r in records]
+  assert digits == list(rewards.digits([], [r['response'] for r in records]))
+  assert values['digits'] == np.mean(digits)
   # Only samples of the policy itself give an honest KL.
   assert ('kl' in values) == (temperature == 1.0)
   if temperature == 1.0:
@@ -114,3 +123,10 @@ def test_samples_are_measured(temperature):
     same, again = evaluate(policy, policy)
     assert abs(same['kl']) < 1e-5
     assert [r['response'] for r in again] == [r['response'] for r in records]
+
+
+def test_judges_have_titles_of_their_own():
+  judges = reward_models.get_judges(['vader', 'python:math.hypot'])
+  assert list(judges) == ['vader', 'hypot']
+  with pytest.raises(ValueError, match="'length' would be called 'length'"):
+    reward_models.get_judges(['length'])
