@@ -54,7 +54,7 @@ def reward_plackett_luce(scores, *, top=0, centering=0.0):
     centering as in `bradley_terry`
   Sign: falls as better responses outgrow worse ones
   Tokens: none; r is read at the last one
-  Defaults: top=0 (all K - 1 factors), centering=0.0
+  Defaults: top=0, centering=0.0
 
   >>> three = scoring.Scores(jnp.array([[1.0, 0.2, -0.5]]))
   >>> scoring.rounded(reward_plackett_luce(three))
