@@ -297,6 +297,7 @@ def weights(how, lengths):
     ('ld:1', [1, 1, 1, 1, 0], [1, 1, 0, 0, 0]),
     ('ld_mean:0.5', [0.25, 0.25, 0.125, 0.125, 0], [0.5, 0.5, 0, 0, 0]),
     ('ld_mean:1', [0.25, 0.25, 0.25, 0.25, 0], [0.5, 0.5, 0, 0, 0]),
+    ('last', [0, 0, 0, 1, 0], [0, 1, 0, 0, 0]),
   ],
 )
 def test_reductions_weigh_tokens_as_they_say(how, longer, shorter):

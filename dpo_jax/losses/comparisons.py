@@ -26,7 +26,7 @@ def bradley_terry(
     2023, arXiv:2307.09288, eq. 2; centering: Eisenstein et al. 2023,
     arXiv:2312.09244, for which TRL recommends 0.01
   Sign: falls as r_w - r_l grows
-  Tokens: none; r is read at the last one
+  Tokens: last, where r is read
   Defaults: margin_scale=0.0, centering=0.0, label_smoothing=0.0
   Elsewhere: TRL's `RewardTrainer`; centering is its
     `center_rewards_coefficient`
@@ -53,8 +53,8 @@ def reward_plackett_luce(scores, *, top=0, centering=0.0):
   Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 18 (appendix A.3);
     centering as in `bradley_terry`
   Sign: falls as better responses outgrow worse ones
-  Tokens: none; r is read at the last one
-  Defaults: top=0 (all K - 1 factors), centering=0.0
+  Tokens: last, where r is read
+  Defaults: top=0, centering=0.0
 
   >>> three = scoring.Scores(jnp.array([[1.0, 0.2, -0.5]]))
   >>> scoring.rounded(reward_plackett_luce(three))
