@@ -39,7 +39,15 @@ FLAGS = {
 
 # (task, model, slice, pairs a step, mesh data and fsdp, other keys, lengths).
 ROWS = [
-  ('IMDb', 'gpt2-large', 'v5e-8', 128, (4, 2), _NO_REMAT, _IMDB),
+  (
+    'IMDb',
+    'gpt2-large',
+    'v5e-8',
+    128,
+    (4, 2),
+    _NO_REMAT | {'accumulate': 2},
+    _IMDB,
+  ),
   ('IMDb', 'gpt2-large', 'v4-32', 256, (16, 1), _NO_REMAT, _IMDB),
   ('HH', 'pythia-2.8b', 'v5e-8', 64, (1, 8), {'accumulate': 2}, _LONGEST),
   ('HH', 'pythia-2.8b', 'v4-32', 128, (1, 16), {}, _LONGEST),
