@@ -137,6 +137,7 @@ def test_no_held_out_opening_starts_as_a_training_one_does():
 def test_only_a_reward_that_looks_at_ends_is_told_of_them():
   class Ends(rewards.EndAware):
     def __call__(self, prompts, responses, ended=None):
+      assert len(prompts) == len(responses)
       return [float(end) for end in ended]
 
   found = rewards.score(Ends(), ['p', 'p'], ['a', 'b'], ended=[True, False])
