@@ -333,13 +333,12 @@ class _Stop:
         )
       return
     with self._lock:
-      self._said, calls = True, self._calls
-    group.client.key_value_set(
-      f'dpo_jax/calls/{group.index}', str(calls), allow_overwrite=True
-    )
-    said = group.client.key_value_dir_get('dpo_jax/calls/')
-    if len(said) == group.count:
-      self._last = max(int(value) for _, value in said) + 1
+      said, self._said, calls = self._said, True, self._calls
+    if not said:  # once: others may have read it, and the held call counts
+      group.client.key_value_set(f'dpo_jax/calls/{group.index}', str(calls))
+    all_said = group.client.key_value_dir_get('dpo_jax/calls/')
+    if len(all_said) == group.count:
+      self._last = max(int(value) for _, value in all_said) + 1
       self._settled.set()
 
 

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -366,6 +369,44 @@ def test_a_process_whose_devices_fail_ends_the_others_with_the_reason():
 
 
 # --- SIGTERM -----------------------------------------------------------------
+
+
+class Store(dict):
+  """The key-value store of the service, in one process."""
+
+  def key_value_set(self, key, value, allow_overwrite=False):
+    assert allow_overwrite or key not in self
+    self[key] = value
+
+  def key_value_dir_get(self, folder):
+    return [(k, v) for k, v in self.items() if k.startswith(folder)]
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_all_stop_at_the_same_call_whoever_hears_of_it_first(monkeypatch, seed):
+  monkeypatch.setattr(processes, '_group', lambda: True)
+  draw, store = random.Random(seed), Store()
+  stops = [processes._Stop() for _ in range(3)]
+  ends = {}
+
+  def polls(index):
+    calls = 1
+    while not stops[index].reached():
+      calls += 1
+      time.sleep(1e-4)
+    ends[index] = calls
+
+  mains = [threading.Thread(target=polls, args=(i,)) for i in range(3)]
+  for main in mains:
+    main.start()
+    time.sleep(draw.random() / 1e3)
+  while any(main.is_alive() for main in mains):
+    index = draw.randrange(3)
+    group = types.SimpleNamespace(client=store, index=index, count=3)
+    stops[index].settle(group, known=True)
+    time.sleep(draw.random() / 1e3)
+  assert len({*ends.values()}) == 1, ends
+
 
 # What the main thread does in C++: for ever, or until the others come.
 IN_C = {
