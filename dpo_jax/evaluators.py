@@ -241,9 +241,11 @@ def make_samples(
     texts = response_texts(samples, tokenizer)
     begun = prompt_texts(repeated, tokenizer)
     if reward:
-      columns['reward'] = rewards.score(reward, begun, texts)
+      columns['reward'] = rewards.score(
+        reward, begun, texts, ended=samples.ended
+      )
     for name, judge in judges.items():
-      columns[name] = rewards.score(judge, begun, texts)
+      columns[name] = rewards.score(judge, begun, texts, ended=samples.ended)
     if constraint:
       columns['cost'] = rewards.score_constraint(constraint, begun, texts)
     values = {'distinct_2': rewards.distinct_n(texts, 2)}

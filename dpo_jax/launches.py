@@ -53,8 +53,9 @@ def find(coordinator, number, index, environment) -> Launch:
   missing = [name for name, value in given.items() if value is None]
   if len(missing) < len(given):
     if missing:
+      found = [name for name in given if name not in missing]
       raise ValueError(
-        f'{" and ".join(set(given) - set(missing))} needs'
+        f'{" and ".join(found)} needs'
         f' {" and ".join(missing)} too; give all three to every process, or'
         ' none where SLURM or a TPU pod says who takes part'
       )

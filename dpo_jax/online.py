@@ -296,7 +296,7 @@ def write_pairs(
       ),
     )
   responses = evaluators.response_texts(samples, tokenizer)
-  values = rewards.score(reward, repeated, responses)
+  values = rewards.score(reward, repeated, responses, ended=samples.ended)
   columns = {'reward': values}
   if cost:
     columns['cost'] = rewards.score_constraint(cost, repeated, responses)

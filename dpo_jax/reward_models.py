@@ -127,7 +127,7 @@ def _measured(workdir, step, metric, center):
   return found[-1]
 
 
-class RewardModel:
+class RewardModel(rewards.EndAware):
   """A reward: (prompts, responses) -> float64 [N], of texts or of tokens."""
 
   def __init__(
@@ -158,15 +158,18 @@ class RewardModel:
       out_shardings=sharding.replicated(mesh),
     )
 
-  def __call__(self, prompts, responses):
-    """Scores texts (a prompt may be messages), each as one that has ended.
+  def __call__(self, prompts, responses, ended=None):
+    """Scores texts (a prompt may be messages) as the run's data was scored.
 
-    What is longer than the run's limits is cut as its data was.
+    What has ended has an EOS, what was cut has none, and what is longer than
+    the run's limits is cut as its data was.
     """
     most_prompt, most_response = self._limits
     return self.score_tokens(
       examples.encode_prompts(prompts, self._tokenizer, most_prompt),
-      examples.encode_responses(responses, self._tokenizer, most_response),
+      examples.encode_responses(
+        responses, self._tokenizer, most_response, ended=ended
+      ),
     )
 
   def score_tokens(self, prompts, responses):

@@ -1,7 +1,8 @@
 """Rewards and statistics of texts: text in, numbers out.
 
 A reward is a function `reward(prompts, responses) -> float array [N]` of two
-lists of texts. Add one by writing it and naming it in `REWARDS`. A constraint
+lists of texts; one that looks at where a response ended is an `EndAware`. Add
+one by writing it and naming it in `REWARDS`. A constraint
 score is a reward in [0, 1], 1 where the response breaks the constraint; its
 table is `CONSTRAINTS`.
 
@@ -15,6 +16,7 @@ Names of rewards, as configs write them:
                                 devices, so `reward_models.get` has it too
 """
 
+import abc
 import functools
 import importlib
 import re
@@ -24,6 +26,14 @@ from vaderSentiment import vaderSentiment
 
 from dpo_jax import names
 from dpo_jax import sentiment
+
+
+class EndAware(abc.ABC):
+  """A reward that looks at which responses ended and which were cut."""
+
+  @abc.abstractmethod
+  def __call__(self, prompts, responses, ended=None):
+    """Scores; `ended` is bool [N], None if all did."""
 
 
 @functools.cache
@@ -142,14 +152,18 @@ def get_constraint(name):
   return names.look_up(CONSTRAINTS, 'constraint', name)
 
 
-def score(reward, prompts, responses):
-  """Returns `reward(prompts, responses)` after checking its numbers."""
+def score(reward, prompts, responses, *, ended=None):
+  """Returns `reward(prompts, responses)` after checking its numbers.
+
+  `ended`, bool [N], is for who looks at it; None: all responses did.
+  """
   if len(prompts) != len(responses):
     raise ValueError(
       f'{len(prompts)} prompts and {len(responses)} responses; give one'
       ' prompt to every response'
     )
-  values = np.asarray(reward(prompts, responses), dtype=float)
+  more = {'ended': ended} if isinstance(reward, EndAware) else {}
+  values = np.asarray(reward(prompts, responses, **more), dtype=float)
   if values.shape != (len(responses),):
     raise ValueError(
       f'the reward returned shape {values.shape} for {len(responses)}'

@@ -107,6 +107,7 @@ def make_collect(
       reward,
       evaluators.prompt_texts(prompts, tokenizer),
       evaluators.response_texts(samples, tokenizer),
+      ended=samples.ended,
     )
     return Rollout(
       groups=[

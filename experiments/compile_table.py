@@ -28,7 +28,6 @@ BEGIN, END = '<!-- compile_table -->', '<!-- /compile_table -->'
 
 _IMDB = (8, 124, 124)  # tokens of a prompt and its responses
 _LONGEST = ()  # that the config allows: 256 of each
-_NO_REMAT = {'model.remat': 'none'}
 
 # Options of the TPU's compiler, which a run of the model needs as well
 # (LIBTPU_INIT_ARGS). Where little of D is on a chip, it would cut gathers and
@@ -39,8 +38,8 @@ FLAGS = {
 
 # (task, model, slice, pairs a step, mesh data and fsdp, other keys, lengths).
 ROWS = [
-  ('IMDb', 'gpt2-large', 'v5e-8', 128, (4, 2), _NO_REMAT, _IMDB),
-  ('IMDb', 'gpt2-large', 'v4-32', 256, (16, 1), _NO_REMAT, _IMDB),
+  ('IMDb', 'gpt2-large', 'v5e-8', 128, (4, 2), {}, _IMDB),
+  ('IMDb', 'gpt2-large', 'v4-32', 256, (16, 1), {}, _IMDB),
   ('HH', 'pythia-2.8b', 'v5e-8', 64, (1, 8), {'accumulate': 2}, _LONGEST),
   ('HH', 'pythia-2.8b', 'v4-32', 128, (1, 16), {}, _LONGEST),
   ('HH', 'pythia-6.9b', 'v5e-256', 1024, (16, 16), {}, _LONGEST),

@@ -1,5 +1,6 @@
 """Several processes of one machine, joined by gloo, are one run."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from dpo_jax import processes
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import workdirs
+from dpo_jax.models import presets
 from tests import train_test
 from tests import worlds
 
@@ -40,13 +42,15 @@ def environment(devices):
   return env
 
 
-def launch(number, arguments, *, devices=4, own=lambda _: ()):
+def launch(
+  number, arguments, *, devices=4, own=lambda _: (), run=('-m', 'dpo_jax.main')
+):
   """Starts `number` processes of a command; their output goes to PIPEs."""
   coordinator = f'127.0.0.1:{free_port()}'
   return [
     subprocess.Popen(
       [
-        *(sys.executable, '-m', 'dpo_jax.main', *map(str, arguments)),
+        *(sys.executable, *run, *map(str, arguments)),
         f'--coordinator={coordinator}',
         f'--num_processes={number}',
         f'--process_id={index}',
@@ -200,22 +204,38 @@ def test_processes_equal_one_whatever_is_trained(
     assert abs(value - values[name]) <= 1e-6 * max(1, abs(value)), name
 
 
+# The bytes and their end are 257 tokens, which two devices cannot share.
+EVEN = """
+import dataclasses
+from dpo_jax import main
+from dpo_jax.models import presets
+
+model = presets.DEBUG['debug-llama']
+presets.DEBUG['debug-llama'] = dataclasses.replace(model, vocab_size=258)
+main.run()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'devices, sizes', [(4, (2, 2, 2)), (1, (1, 1, 2))], ids=['within', 'across']
 )
 def test_a_tensor_axis_within_or_across_two_processes_equals_one(
-  tmp_path, devices, sizes
+  tmp_path, monkeypatch, devices, sizes
 ):
   changes = CHANGES | {f'mesh.{a}': n for a, n in zip(sharding.AXES, sizes)}
   config = worlds.debug_config(tmp_path, **changes)
   one, two = tmp_path / 'one', tmp_path / 'two'
   for number, workdir in [(1, one), (2, two)]:
     arguments = ['train', *options(tmp_path, workdir, changes)]
+    each = 2 * devices // number
     codes, _, errors = outcome(
-      launch(number, arguments, devices=2 * devices // number)
+      launch(number, arguments, devices=each, run=('-c', EVEN))
     )
     assert codes == [0] * number, errors
+  model = presets.DEBUG['debug-llama']
+  even = dataclasses.replace(model, vocab_size=258)
+  monkeypatch.setitem(presets.DEBUG, 'debug-llama', even)
   assert_equal_runs(config, one, two)
 
 

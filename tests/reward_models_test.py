@@ -124,6 +124,24 @@ def test_scores_of_text_are_those_that_training_measured(run):
   assert reward([], []).shape == (0,)
 
 
+def test_a_response_that_was_cut_is_scored_without_an_eos(run):
+  folder, _ = run
+  reward = reward_models.load(str(folder / 'rm'), center='none')
+  tokenizer = tokenizers.ByteTokenizer()
+  prompts, responses = ['one', 'two'], ['abc', 'defg']
+  tokens = [tokenizer.encode(text) for text in responses]
+  tokens[0].append(tokenizer.eos_id)  # the first ended, the second was cut
+  by_tokens = reward.score_tokens(
+    [np.array(tokenizer.encode(text), np.int32) for text in prompts],
+    [np.array(ids, np.int32) for ids in tokens],
+  )
+  scored = rewards.score(reward, prompts, responses, ended=[True, False])
+  np.testing.assert_array_equal(scored, by_tokens)
+  both = rewards.score(reward, prompts, responses)
+  assert both[0] == scored[0]
+  assert abs(both[1] - scored[1]) > 1e-4
+
+
 def test_the_mean_held_out_score_is_taken_off(run):
   folder, _ = run
   last = metrics.read(folder / 'rm')[-1]

@@ -132,3 +132,15 @@ def test_no_held_out_opening_starts_as_a_training_one_does():
   starts = {' '.join(text.lower().split()[:4]) for text in texts['train']}
   for text in texts['test']:
     assert ' '.join(text.lower().split()[:4]) not in starts, text
+
+
+def test_only_a_reward_that_looks_at_ends_is_told_of_them():
+  class Ends(rewards.EndAware):
+    def __call__(self, prompts, responses, ended=None):
+      assert len(prompts) == len(responses)
+      return [float(end) for end in ended]
+
+  found = rewards.score(Ends(), ['p', 'p'], ['a', 'b'], ended=[True, False])
+  assert found.tolist() == [1.0, 0.0]
+  found = rewards.score(rewards.length, ['p'], ['abc'], ended=[False])
+  assert found.tolist() == [3.0]

@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -279,12 +280,23 @@ def encode_prompts(
 
 
 def encode_responses(
-  responses: Iterable[str], tokenizer, limit: int
+  responses: Sequence[str],
+  tokenizer,
+  limit: int,
+  *,
+  ended: Sequence[bool] | None = None,
 ) -> list[np.ndarray]:
-  """Encodes responses that have ended, as to train on; none is EOS alone."""
+  """Encodes responses as to train on; where nothing is, EOS alone.
+
+  `ended` says which get an EOS; None: all.
+  """
+  if ended is None:
+    ended = [True] * len(responses)
   encoded = []
-  for tokens in tokenizer.encode_batch(list(responses)):
-    tokens = _with_eos(tokens, True, tokenizer) or [tokenizer.eos_id]
+  for tokens, end in zip(
+    tokenizer.encode_batch(list(responses)), ended, strict=True
+  ):
+    tokens = _with_eos(tokens, bool(end), tokenizer) or [tokenizer.eos_id]
     encoded.append(np.array(tokens[:limit], np.int32))
   return encoded
 
