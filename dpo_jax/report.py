@@ -7,6 +7,7 @@ import matplotlib.figure
 import matplotlib.ticker
 
 BLUE, GREY = '#2f6db3', '#8a8a8a'
+_MOST_TICKS = 8  # values that are written at an axis, each
 
 
 def _axes(width, height, *, rows=1, columns=1):
@@ -158,6 +159,10 @@ def lines_png(panels, path, *, xlabel):
     xs = [x for points in lines.values() for x, _, _ in points]
     if min(xs) > 0 and max(xs) >= 10 * min(xs):
       axis.set_xscale('log')
+    ticks = sorted(set(xs))
+    if len(ticks) <= _MOST_TICKS:
+      axis.set_xticks(ticks, [f'{x:g}' for x in ticks])
+      axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     for label, points in lines.items():
       axis.errorbar(
         [x for x, _, _ in points],

@@ -87,9 +87,8 @@ def _run_job(job, workdir, state):
   """Runs one; returns (exit status, seconds). Sets `state.stopped`."""
   folder = os.path.join(workdir, job.name)
   os.makedirs(folder, exist_ok=True)
-  noted = {'values': job.values, 'seconds': 0.0}
-  noted |= sweep_results.read_job(folder)
-  noted['status'] = None  # it runs
+  noted = {'seconds': 0.0} | sweep_results.read_job(folder)
+  noted |= {'values': job.values, 'status': None}  # it runs
   path = os.path.join(folder, sweep_results.JOB)
   workdirs.write(path, json.dumps(noted))
   begun = time.monotonic()

@@ -55,6 +55,8 @@ def test_lines_have_their_points_and_bars_of_two_errors(figures, tmp_path):
   assert 'two standard errors' in loss.get_title(loc='right')
   assert reward.get_title(loc='right') == ''  # it has no bars
   assert (loss.get_xscale(), reward.get_xscale()) == ('linear', 'log')
+  ticks = [label.get_text() for label in reward.get_xticklabels()]
+  assert ticks == ['0.5', '5']
   # A series looks the same in every panel.
   assert (
     reward.lines[0].get_color()
