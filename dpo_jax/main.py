@@ -273,6 +273,9 @@ BARE_VERBS = {'convert': convert, 'sentiment': train_sentiment}
 # Verbs that several processes may run together.
 SHARED_VERBS = ('train', 'eval', 'sample', 'online', 'ppo')
 
+# Verbs of which a workdir is the run.
+WRITERS = ('train', 'online', 'ppo')
+
 # Verbs that read a run's checkpoint, of which --checkpoint says which.
 READERS = ('eval', 'sample', 'convert')
 
@@ -316,6 +319,8 @@ def main(argv):
   with processes.heed_sigterm(grace=GRACE.value):
     launches.start(launch, timeout=START_TIMEOUT.value)
     verb(config, WORKDIR.value)
+    if argv[1] in WRITERS:
+      workdirs.finish(WORKDIR.value)
     processes.finish()
 
 

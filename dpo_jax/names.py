@@ -3,12 +3,20 @@
 import difflib
 
 
+class Unknown(ValueError):
+  """A name that a table lacks; `table` is that table."""
+
+  def __init__(self, text, table):
+    super().__init__(text)
+    self.table = table
+
+
 def look_up(table, kind, name):
   """Returns `table[name]`; `kind` is what the error calls an entry."""
   if name in table:
     return table[name]
   near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
   hint = f'; did you mean {near[0]!r}?' if near else '.'
-  raise ValueError(
-    f'unknown {kind} {name!r}{hint} There are {", ".join(table)}'
+  raise Unknown(
+    f'unknown {kind} {name!r}{hint} There are {", ".join(table)}', table
   )

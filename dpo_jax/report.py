@@ -7,6 +7,7 @@ import matplotlib.figure
 import matplotlib.ticker
 
 BLUE, GREY = '#2f6db3', '#8a8a8a'
+_MOST_TICKS = 8  # values that are written at an axis, each
 
 
 def _axes(width, height, *, rows=1, columns=1):
@@ -128,6 +129,94 @@ def _draw_curve(axis, records, key):
       alpha=0.15,
       linewidth=0,
     )
+
+
+def lines_png(panels, path, *, xlabel):
+  """Draws one panel a quantity, a line a series, with bars of two errors.
+
+  Args:
+    panels: {title: {label: [(x, mean, standard error or None), ...]}}, in
+      the order of x. Where x spans a factor of ten or more, its axis is
+      logarithmic.
+    path: of the PNG.
+    xlabel: what x is.
+  """
+  if not panels:
+    raise ValueError('lines need at least one panel')
+  columns = min(2, len(panels))
+  rows = -(-len(panels) // columns)
+  figure, axes = _axes(
+    4.5 * columns, 3 * rows + 0.3, rows=rows, columns=columns
+  )
+  labels = list(
+    dict.fromkeys(label for lines in panels.values() for label in lines)
+  )
+  styles = {label: _style(i) for i, label in enumerate(labels)}
+  for axis, (title, lines) in zip(axes, panels.items()):
+    axis.set_title(title, loc='left', fontsize=10)
+    axis.set_xlabel(xlabel, fontsize=9)
+    axis.tick_params(labelsize=8)
+    xs = [x for points in lines.values() for x, _, _ in points]
+    if min(xs) > 0 and max(xs) >= 10 * min(xs):
+      axis.set_xscale('log')
+    ticks = sorted(set(xs))
+    if len(ticks) <= _MOST_TICKS:
+      axis.set_xticks(ticks, [f'{x:g}' for x in ticks])
+      axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    for label, points in lines.items():
+      axis.errorbar(
+        [x for x, _, _ in points],
+        [mean for _, mean, _ in points],
+        yerr=[2 * (error or 0.0) for _, _, error in points],
+        label=label,
+        capsize=2,
+        elinewidth=1,
+        linewidth=1.5,
+        markersize=4,
+        **styles[label],
+      )
+    if any(error for points in lines.values() for _, _, error in points):
+      axis.set_title(
+        'bars: two standard errors', loc='right', fontsize=7, color=GREY
+      )
+  for axis in axes[len(panels) :]:
+    axis.remove()
+  if any(labels):
+    handles = {}
+    for axis in axes[: len(panels)]:
+      handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(
+      [handles[label] for label in labels],
+      labels,
+      loc='outside lower center',
+      ncols=min(3, len(labels)),
+      fontsize=8,
+      frameon=False,
+    )
+  figure.savefig(path)
+
+
+def _style(index):
+  # Ten colours, then the same with another marker and dashes.
+  again = index // 10
+  return {
+    'color': f'C{index % 10}',
+    'marker': 'osv^D'[again % 5],
+    'linestyle': ('-', '--', ':', '-.')[again % 4],
+  }
+
+
+def markdown_table(rows):
+  """Returns rows of texts, the first of them titles, as Markdown."""
+  first, *others = [[cell.replace('|', '\\|') for cell in row] for row in rows]
+  widths = [max(map(len, column)) for column in zip(first, *others)]
+
+  def line(cells):
+    padded = [cell.ljust(n) for cell, n in zip(cells, widths, strict=True)]
+    return f'| {" | ".join(padded)} |'
+
+  rule = line(['-' * n for n in widths])
+  return '\n'.join([line(first), rule, *map(line, others)]) + '\n'
 
 
 def text_table(rows, *, width=100):

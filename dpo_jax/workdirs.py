@@ -4,6 +4,7 @@
     config.1.json    what it was until keys of `FREE` changed for the first time
     data.sha256      digest of what the run learns from
     lock             while a run writes here; held by the process that it names
+    finished         an empty file, when the verb that runs here has done it all
 
 A run goes on in its directory with the config that it began with. Only the
 keys of `FREE` may change from start to start: where and how fast it computes,
@@ -25,6 +26,7 @@ from dpo_jax import checkpoint
 from dpo_jax import processes
 
 _CONFIG, _DATA, _LOCK = 'config.json', 'data.sha256', 'lock'
+_FINISHED = 'finished'
 # Keys, or sections, of a config of `train` that a workdir lets change.
 FREE = (
   'accumulate',
@@ -208,6 +210,17 @@ def write(path, text):
     f.flush()
     os.fsync(f.fileno())
   os.replace(path + '.tmp', path)
+
+
+def finish(workdir):
+  """Notes that nothing is left to do for the run of a workdir."""
+  if processes.first():
+    write(os.path.join(workdir, _FINISHED), '')
+
+
+def finished(workdir):
+  """Whether `finish` was called for the run that is there."""
+  return os.path.exists(os.path.join(workdir, _FINISHED))
 
 
 def read_config(workdir):

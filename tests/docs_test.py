@@ -16,7 +16,7 @@ from absl import flags
 from dpo_jax import metrics
 from dpo_jax import settings
 from dpo_jax import train
-from dpo_jax.losses import likelihoods
+from dpo_jax.losses import comparisons
 from dpo_jax.losses import table
 from tests import worlds
 
@@ -62,8 +62,9 @@ def test_new_and_removed_losses_are_noticed(make_losses, monkeypatch):
   monkeypatch.setattr(
     make_losses.loss_curves, 'samples', lambda: stored | {'extra': {}}
   )
-  monkeypatch.setitem(table.LOSSES, 'extra', table.Loss(likelihoods.slic))
-  monkeypatch.delitem(table.LOSSES, 'orpo')
+  rows = {n: row for n, row in table.LOSSES.items() if n != 'orpo'}
+  rows['extra'] = table.Loss(comparisons.bradley_terry)  # of the last module
+  monkeypatch.setattr(table, 'LOSSES', rows)
   assert make_losses.stale_page()
   assert make_losses.stale_pictures() == [
     'extra.svg is missing',

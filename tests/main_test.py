@@ -51,6 +51,7 @@ def test_prepare_train_eval_sample(tmp_path):
 
   result = dpo_jax('train', *options(tmp_path, '--config.optim.lr=2e-3'))
   assert result.returncode == 0, result.stderr
+  assert workdirs.finished(tmp_path / 'run')
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert saved['optim']['lr'] == 2e-3
   assert json.loads(result.stdout[: result.stdout.index('\n}') + 2]) == saved

@@ -37,6 +37,50 @@ def test_frontier_shows_every_point_and_labels_start_and_end(figures, tmp_path):
     report.frontier_png([], tmp_path / 'b.png')
 
 
+def test_lines_have_their_points_and_bars_of_two_errors(figures, tmp_path):
+  panels = {
+    'loss': {'a': [(1.0, 5.0, 0.5), (2.0, 7.0, None)], 'b': [(2.0, 1.0, None)]},
+    'reward': {'b': [(0.5, 3.0, None), (5.0, 4.0, None)]},
+  }
+  report.lines_png(panels, tmp_path / 'a.png', xlabel='beta')
+  assert matplotlib.image.imread(tmp_path / 'a.png').std() > 0
+  loss, reward = figures[0].axes
+  assert [axis.get_title(loc='left') for axis in (loss, reward)] == [*panels]
+  assert loss.get_xlabel() == 'beta'
+  a, b = loss.containers
+  assert a.lines[0].get_xydata().tolist() == [[1, 5], [2, 7]]
+  assert b.lines[0].get_xydata().tolist() == [[2, 1]]
+  bars = [s.tolist() for s in a.lines[2][0].get_segments()]
+  assert bars == [[[1, 4], [1, 6]], [[2, 7], [2, 7]]]
+  assert 'two standard errors' in loss.get_title(loc='right')
+  assert reward.get_title(loc='right') == ''  # it has no bars
+  assert (loss.get_xscale(), reward.get_xscale()) == ('linear', 'log')
+  ticks = [label.get_text() for label in reward.get_xticklabels()]
+  assert ticks == ['0.5', '5']
+  # A series looks the same in every panel.
+  assert (
+    reward.lines[0].get_color()
+    == b.lines[0].get_color()
+    != a.lines[0].get_color()
+  )
+  (legend,) = figures[0].legends
+  assert [text.get_text() for text in legend.get_texts()] == ['a', 'b']
+  with pytest.raises(ValueError, match='at least one panel'):
+    report.lines_png({}, tmp_path / 'b.png', xlabel='beta')
+
+
+def test_lines_beyond_ten_differ_from_all_before():
+  styles = [tuple(report._style(i).values()) for i in range(20)]
+  assert len(set(styles)) == 20
+
+
+def test_a_markdown_table_is_aligned_and_keeps_bars():
+  rows = [('loss', 'mean'), ('dpo', '1 ± 2'), ('a|b', '-')]
+  assert report.markdown_table(rows) == (
+    '| loss | mean  |\n| ---- | ----- |\n| dpo  | 1 ± 2 |\n| a\\|b | -     |\n'
+  )
+
+
 def test_curves_draw_each_key_where_it_was_recorded(figures, tmp_path):
   records = [
     {'step': 1, 'train/loss': 0.7},
