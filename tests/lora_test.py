@@ -129,5 +129,6 @@ def test_variables_of_the_four_cases():
   assert lora.variables(None, 'p', 1.0) == {'params': 'p'}
   assert lora.variables('p', None, 1.0) == {'params': 'p'}
   pair = {'layers': {'mlp': {'up': {'a': 1.0, 'b': 1.0}}}}
-  both = lora.variables('p', pair, 2.0)
+  both = lora.variables({'layers': 'p'}, pair, 2.0)
+  assert both['params'] == {'layers': 'p'}
   assert both['lora']['layers']['mlp']['up'] == {'a': 1.0, 'b': 2.0}
