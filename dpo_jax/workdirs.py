@@ -55,6 +55,9 @@ def held(workdir):
   lock, problem = None, None
   if processes.first():
     lock, problem = _lock(workdir)
+    if lock:  # what is begun again is not finished
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(workdir, _FINISHED))
   problem = processes.agreed(problem)
   if problem:
     raise ValueError(problem)

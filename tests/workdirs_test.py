@@ -158,3 +158,11 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
   with workdirs.held(str(tmp_path)):
     entered = True
   assert entered and 'No locks available' in capsys.readouterr().out
+
+
+def test_a_run_that_is_begun_again_is_not_finished(tmp_path):
+  workdirs.finish(tmp_path)
+  assert workdirs.finished(tmp_path)
+  with workdirs.held(tmp_path):
+    assert not workdirs.finished(tmp_path)
+  assert not workdirs.finished(tmp_path)
