@@ -14,14 +14,18 @@ from dpo_jax.data import tokenizers
 from experiments import imdb_frontier
 from experiments import imdb_results
 from experiments import imdb_scales
+from experiments import imdb_texts
 
 GOOD = 'wonderful great moving superb lovely brilliant'.split()
 BAD = 'boring awful dull terrible stupid lifeless'.split()
 PLAIN = 'the film has a plot and some actors who speak in rooms'.split()
 
 
-def write_reviews(folder, *, train=60, test=60):
-  """Reviews whose label shows in a few words; each begins differently."""
+def write_reviews(folder, *, train=60, test=60, flip=False):
+  """Reviews whose label shows in a few words; each begins differently.
+
+  `flip` turns the labels of the test side.
+  """
   folder.mkdir()
   rng = np.random.default_rng(0)
   for split, number in (('train', train), ('test', test)):
@@ -30,6 +34,8 @@ def write_reviews(folder, *, train=60, test=60):
         words = [*rng.choice(PLAIN, 9), *rng.choice((BAD, GOOD)[n % 2], 3)]
         text = f'{split[1]}{n} {" ".join(rng.permutation(words))}<br /><br />.'
         row = {'id': f'{split}{n}', 'text': text, 'label': n % 2}
+        if flip and split == 'test':
+          row['label'] = 1 - n % 2
         f.write(json.dumps(row) + '\n')
   return folder
 
@@ -134,7 +140,7 @@ def test_prompts_and_rests_are_the_reviews(made):
   tokenizer = tokenizers.from_folder(root / 'base')
   texts = {
     ' '.join(text.split())
-    for text, _ in imdb_frontier.read_reviews(made[0] / 'reviews')['train']
+    for text, _ in imdb_texts.read_reviews(made[0] / 'reviews')['train']
   }
   assert not any('<br' in text for text in texts)
   for row in rows:
@@ -179,24 +185,24 @@ def test_four_completions_are_six_pairs_and_ties_are_counted():
     completion(2.0, ' a'),
     completion(0.0, ' c'),
   ]
-  pairs, ties = imdb_frontier.all_pairs(four)
+  pairs, ties = imdb_texts.all_pairs(four)
   found = sorted((p['chosen'] + p['rejected']).replace(' ', '') for p in pairs)
   assert found == ['ab', 'ac', 'ad', 'bc', 'bd', 'cd'] and ties == 0
   (pair,) = [p for p in pairs if p['chosen'] + p['rejected'] == ' b c']
   assert (pair['chosen_ended'], pair['rejected_ended']) == (True, False)
   equal = [*four, completion(1.0, ' x', prompt='B')]
   equal.append(completion(1.0, ' y', prompt='B'))
-  pairs, ties = imdb_frontier.all_pairs(equal)
+  pairs, ties = imdb_texts.all_pairs(equal)
   assert (len(pairs), ties) == (6, 1)
 
 
 def test_a_prompt_is_whole_words_that_fit_and_at_least_one():
   byte = tokenizers.ByteTokenizer()
   text = 'It is a long film.'
-  assert imdb_frontier.cut_review(text, byte, 1) == ('It', text[2:])
-  assert imdb_frontier.cut_review(text, byte, 6) == ('It is', text[5:])
-  assert imdb_frontier.cut_review(text, byte, 7) == ('It is a', text[7:])
-  assert imdb_frontier.cut_review(text, byte, 99) == (text, '')
+  assert imdb_texts.cut_review(text, byte, 1) == ('It', text[2:])
+  assert imdb_texts.cut_review(text, byte, 6) == ('It is', text[5:])
+  assert imdb_texts.cut_review(text, byte, 7) == ('It is a', text[7:])
+  assert imdb_texts.cut_review(text, byte, 99) == (text, '')
 
 
 def test_remaining_time_is_that_of_finished_ones_of_a_kind():
@@ -443,7 +449,7 @@ def test_a_workdir_keeps_its_scale_and_source(made):
 
 
 def test_a_classifier_below_its_gate_stops(tmp_path):
-  write_reviews(tmp_path / 'reviews', train=8, test=40)
+  write_reviews(tmp_path / 'reviews', test=40, flip=True)
   with pytest.raises(ValueError, match=r'words gets .* % of 40 test reviews'):
     call(tmp_path)
   assert not (tmp_path / 'imdb' / 'base').exists()

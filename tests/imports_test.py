@@ -22,7 +22,16 @@ DEVICE_MATHS = {
   'rl',
   'sampling',
 }
-HOST = {'data', 'rewards', 'sentiment', 'report', 'constraints'}
+HOST = {
+  'data',
+  'rewards',
+  'sentiment',
+  'judges',
+  'reweighting',
+  'frontiers',
+  'report',
+  'constraints',
+}
 # What a room's files must not import: names of packages, or of modules of ours.
 MACHINE = {
   'accounting',
