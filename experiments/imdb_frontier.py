@@ -280,6 +280,15 @@ def run(scale, paths, source, *, runs, only):
       print(f'[{number}/{len(stages)}] {stage.name} took {seconds:.1f} s')
 
 
+def check_runs(runs, stages):
+  """Raises, naming the stages too, where a name is none of a run."""
+  for name in runs:
+    try:
+      imdb_scales.parse(name)
+    except ValueError as error:
+      raise ValueError(f'{error}; stages are {", ".join(stages)}') from error
+
+
 def read_times(paths):
   """Returns {stage: {'kind', 'seconds'}}; `unfinished` is a kind too."""
   return json.loads(paths.times.read_text()) if paths.times.exists() else {}
@@ -328,8 +337,9 @@ def main(arguments=None):
   if options.all:
     runs += [name for name in imdb_scales.FULL if name not in runs]
   try:
-    known = {s.name for s in make_stages(scale, paths, options.source, runs)}
-    runs += [x for x in only if x not in known and imdb_scales.parse(x)]
+    known = [s.name for s in make_stages(scale, paths, options.source, runs)]
+    runs += [name for name in only if name not in known]
+    check_runs(runs, known)
     if options.list:
       for stage in make_stages(scale, paths, options.source, runs):
         print('done' if stage.done() else 'left', stage.name)

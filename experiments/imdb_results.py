@@ -151,18 +151,19 @@ def best_run(runs, method):
 # --- Gates --------------------------------------------------------------------
 
 
-def gate_a1(dpo, ppo, others, *, sft, resamples=10_000):
+def gate_a1(dpo, ppo, later, others, *, sft, resamples=10_000):
   """Compares DPO's frontier with that of PPO on the learned reward.
 
   Args:
     dpo: checkpoints of all its runs, see `Evaluated`.
-    ppo: those of PPO after the first of each run.
+    ppo: those of PPO on the learned reward.
+    later: those of them after the first of each run.
     others: {method: checkpoints} that are to stay below DPO.
     sft: mean reward of the SFT model, where all begin.
     resamples: of the prompts.
   """
   kls, values = frontiers.points(dpo)
-  beaten = frontiers.dominated(frontiers.points(ppo), (kls, values))
+  beaten = frontiers.dominated(frontiers.points(later), (kls, values))
   areas = frontiers.compare_areas(dpo, ppo, limit=LIMIT, resamples=resamples)
   rise = float(frontiers.points(ppo)[1].max() - sft)
   below = {}
@@ -313,7 +314,8 @@ def gates(runs, best_of, temperature, reward_model, *, sft):
       if (found := of_method(runs, method))
     }
     ours = [c for x in dpo for c in x.checkpoints]
-    out['A1'] = gate_a1(ours, later, others, sft=sft)
+    theirs = [c for x in ppo for c in x.checkpoints]
+    out['A1'] = gate_a1(ours, theirs, later, others, sft=sft)
   if best_of:
     out['A2'] = gate_a2(best_of)
   if temperature:
@@ -388,8 +390,9 @@ def write(scale, paths):
     imdb_pictures.temperature_png(temperature, paths.root / 'temperature.png')
   if (paths.reward_model / FINISHED).exists():
     reward_model = metrics.read(paths.reward_model)
-  starts = [x.points[0] for x in runs.values() if x.points]
-  sft = starts[0]['reward'] if starts else float('nan')
+  # All runs begin at the SFT model, each with samples of its own.
+  starts = [p['reward'] for x in runs.values() for p in x.points[:1]]
+  sft = float(np.mean(starts)) if starts else math.nan
   said = gates(runs, best_of, temperature, reward_model, sft=sft)
   by_method = {m: of_method(runs, m) for m in imdb_scales.METHODS}
   if any(by_method.values()):

@@ -133,10 +133,13 @@ def write_prompts(scale, reviews, paths):
 
   def cut(texts):
     lengths = rng.integers(low, high + 1, len(texts))
-    halves = [
-      cut_review(*x) for x in zip(texts, [tokenizer] * len(texts), lengths)
+    halves = [cut_review(t, tokenizer, n) for t, n in zip(texts, lengths)]
+    return [
+      (prompt, rest)
+      for prompt, rest in halves
+      # A first word of more tokens would lose its beginning as a prompt.
+      if rest and len(tokenizer.encode(prompt, start=True)) <= high
     ]
-    return [half for half in halves if all(half)]
 
   rows = cut([text for text, _ in reviews['train']])
   unseen = [t for t, _ in reviews['test'] if sentiment.half(t) == 1]

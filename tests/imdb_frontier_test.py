@@ -146,8 +146,7 @@ def test_prompts_and_rests_are_the_reviews(made):
   for row in rows:
     assert row['prompt'] + row['response'] in texts
     assert row['response'].startswith(' ')
-    words = row['prompt'].split(' ')
-    assert len(words) == 1 or len(tokenizer.encode(row['prompt'])) <= 8
+    assert 1 <= len(tokenizer.encode(row['prompt'])) <= 8
   tests = imdb_results.read_lines(root / 'prompts.test.jsonl')
   train = {row['prompt'] for row in rows}
   assert len({row['prompt'] for row in tests}) == len(tests) == 8
@@ -307,32 +306,38 @@ def checkpoint(kl, reward):
   }
 
 
+def gate_a1(dpo, ppo, others, *, sft=0.5):
+  first = checkpoint(0.15, 0.5)
+  return imdb_results.gate_a1(
+    dpo, [first, *ppo], ppo, others, sft=sft, resamples=50
+  )
+
+
 def test_gate_of_the_frontier():
   dpo = [checkpoint(*x) for x in [(0.2, 0.5), (2.0, 0.9), (5.0, 0.95)]]
   ppo = [checkpoint(*x) for x in [(3.0, 0.7), (6.0, 0.8), (1.0, 0.55)]]
   others = {'unlikelihood': [checkpoint(2.5, 0.6), checkpoint(7.0, 0.4)]}
-  said = imdb_results.gate_a1(dpo, ppo, others, sft=0.5, resamples=50)
-  # (3, .7) and (6, .8) are below (2, .9); nothing is before (1, .55).
+  said = gate_a1(dpo, ppo, others)
+  # (3, .7) and (6, .8) are below (2, .9); nothing is before (1, .55), and the
+  # first of a run is not asked.
   assert said['dominated'] == pytest.approx(2 / 3)
-  # Areas to 12 nats: .5 to 2 nats, .9 to 5, .95; PPO .55 to 3, .7 to 6, .8.
+  # Areas to 12 nats: .5 to 2 nats, .9 to 5, .95; PPO .5, from 1 .55, from 3 .7.
   assert said['areas']['ours'] == pytest.approx(
     (2 * 0.5 + 3 * 0.9 + 7 * 0.95) / 12
   )
   assert said['areas']['theirs'] == pytest.approx(
-    (3 * 0.55 + 3 * 0.7 + 6 * 0.8) / 12
+    (1 * 0.5 + 2 * 0.55 + 3 * 0.7 + 6 * 0.8) / 12
   )
   assert said['areas']['p'] == pytest.approx(1 / 51)
   assert said['others']['unlikelihood']['dpo'] == pytest.approx(0.9)
   assert said['rise'] == pytest.approx(0.3)
   assert said['verdict'] == 'not met'
   assert said['parts'] == {'dominated': False, 'area': True, 'others': True}
-  met = imdb_results.gate_a1(dpo, ppo[:2], others, sft=0.5, resamples=50)
-  assert met['verdict'] == 'met'
-  void = imdb_results.gate_a1(dpo, ppo[:2], others, sft=0.7, resamples=50)
+  assert gate_a1(dpo, ppo[:2], others)['verdict'] == 'met'
+  void = gate_a1(dpo, ppo[:2], others, sft=0.7)
   assert void['verdict'] == 'void'  # PPO rises by .1
   above = {'preferred_ft': [checkpoint(0.1, 0.52)]}
-  said = imdb_results.gate_a1(dpo, ppo[:2], above, sft=0.5, resamples=50)
-  assert said['parts']['others'] is False
+  assert gate_a1(dpo, ppo[:2], above)['parts']['others'] is False
 
 
 def curve(values):
@@ -441,6 +446,12 @@ def test_evaluations_are_joined_by_prompt():
 def test_a_wrong_run_says_what_is_right(name, message):
   with pytest.raises(ValueError, match=message):
     imdb_scales.parse(name)
+
+
+def test_a_name_that_is_neither_run_nor_stage_shows_both(tmp_path):
+  with pytest.raises(ValueError, match=r'dpo, unlik.*; stages are classifier'):
+    call(tmp_path, '--only=piars')
+  assert not (tmp_path / 'imdb').exists()
 
 
 def test_a_workdir_keeps_its_scale_and_source(made):
