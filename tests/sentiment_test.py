@@ -148,10 +148,10 @@ def test_reviews_make_a_classifier_and_a_judge(tmp_path, write):
 
 def test_texts_that_look_the_same_are_of_one_half():
   texts = [text for text, _ in make_reviews(50, 3)]
-  halves = [sentiment._half(text) for text in texts]
+  halves = [sentiment.half(text) for text in texts]
   assert 10 < sum(halves) < 40
   assert halves == [
-    sentiment._half(text.upper().replace(' ', '<br /> ')) for text in texts
+    sentiment.half(text.upper().replace(' ', '<br /> ')) for text in texts
   ]
 
 
