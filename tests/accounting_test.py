@@ -1,4 +1,6 @@
 import dataclasses
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -178,3 +180,33 @@ def test_the_log_has_the_share_of_the_peak(tmp_path):
     n = accounting.matmul_parameters(presets.DEBUG['debug-llama'])
     least = 8 * n * record['train/tokens_per_second'] / 0.5e12
     assert least < record['train/mfu'] < 4 * least
+
+
+def test_a_run_resumed_between_log_points_logs_the_fill_of_a_whole_one(
+  tmp_path,
+):
+  config = worlds.debug_config(
+    tmp_path,
+    **{'num_steps': 6, 'log_every': 3, 'eval.every': 0},
+    **{'checkpoint.every': 2, 'checkpoint.keep': 9},
+  )
+  workdir = tmp_path / 'run'
+  train.train(config, workdir)
+  whole = [r['train/row_fill'] for r in metrics.read(workdir)[1:]]
+  shutil.rmtree(workdir / 'checkpoints' / '6')  # as if it had ended before
+  train.train(config, workdir)
+  assert len(whole) == 2
+  assert [r['train/row_fill'] for r in metrics.read(workdir)[1:]] == whole
+
+
+@pytest.mark.parametrize(
+  'number, every, of', [(4, 2, [3, 4]), (5, 2, [5]), (5, 0, [1, 2, 3, 4, 5])]
+)
+def test_the_row_fill_is_that_of_the_steps_since_the_last_log_point(
+  number, every, of
+):
+  plan = types.SimpleNamespace(
+    num_steps=5, tokens=lambda i: [1, 2, 4, 8, 16][i], slots_of=lambda _: 32
+  )
+  expected = sum(2 ** (step - 1) for step in of) / (32 * len(of))
+  assert train.row_fill(plan, number, every=every) == expected
