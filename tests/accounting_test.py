@@ -1,5 +1,4 @@
 import dataclasses
-import shutil
 import types
 
 import jax
@@ -180,23 +179,6 @@ def test_the_log_has_the_share_of_the_peak(tmp_path):
     n = accounting.matmul_parameters(presets.DEBUG['debug-llama'])
     least = 8 * n * record['train/tokens_per_second'] / 0.5e12
     assert least < record['train/mfu'] < 4 * least
-
-
-def test_a_run_resumed_between_log_points_logs_the_fill_of_a_whole_one(
-  tmp_path,
-):
-  config = worlds.debug_config(
-    tmp_path,
-    **{'num_steps': 6, 'log_every': 3, 'eval.every': 0},
-    **{'checkpoint.every': 2, 'checkpoint.keep': 9},
-  )
-  workdir = tmp_path / 'run'
-  train.train(config, workdir)
-  whole = [r['train/row_fill'] for r in metrics.read(workdir)[1:]]
-  shutil.rmtree(workdir / 'checkpoints' / '6')  # as if it had ended before
-  train.train(config, workdir)
-  assert len(whole) == 2
-  assert [r['train/row_fill'] for r in metrics.read(workdir)[1:]] == whole
 
 
 @pytest.mark.parametrize(
