@@ -160,10 +160,12 @@ def start(launch: Launch, *, timeout: float):
 def _give_up(launch, timeout):
   me = 'this process' if launch.index is None else f'process {launch.index}'
   rest = 'the others' if launch.index == 0 else 'process 0'
-  where = launch.coordinator or f'where {launch.how} says it is'
+  number = '' if launch.number is None else f' {launch.number}'
+  same = ''
+  if launch.how == 'explicit':
+    same = f' with the same --coordinator (process 0: {launch.coordinator})'
   processes.say(
-    f'{me} waited {timeout:g} s for {rest} and gave up; start all'
-    f' {launch.number or ""} processes with the same --coordinator (process 0:'
-    f' {where}) within --start_timeout, and let the port through'
+    f'{me} waited {timeout:g} s for {rest} and gave up; start all{number}'
+    f' processes{same} within --start_timeout, and let the port through'
   )
   os._exit(1)

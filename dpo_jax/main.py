@@ -362,9 +362,16 @@ def ends_all(function):
     line = lines[0] if lines else type(error).__name__
     processes.fail(f'{line}; {processes.AGAIN}' if gone else line)
     sys.exit(1)
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as error:
+    if trace:
+      _tell(error)
     processes.fail('interrupted')
-    raise
+    print(
+      'dpo-jax: interrupted; started again, a run goes on from its last'
+      ' checkpoint',
+      file=sys.stderr,
+    )
+    sys.exit(130)
 
 
 def _tell(error):

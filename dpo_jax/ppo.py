@@ -410,7 +410,8 @@ def _run(config, workdir, mesh):
     raise
   finally:  # whatever happens, saves under way are finished
     try:
-      checkpoints.close()
+      with processes.saving():
+        checkpoints.close()
     finally:
       writer.close()
   return state.params

@@ -226,26 +226,33 @@ class _Watch:
       self._thread.join(timeout=10)
 
   def _run(self):
+    index = self._group.index
+    try:
+      self._watch()
+    except jax.errors.JaxRuntimeError as error:
+      if self._ended.is_set():
+        return
+      first_line = str(error).splitlines()[0]
+      say(f'process {index} lost the others ({first_line}); {AGAIN}')
+      _leave(1)
+    except Exception as error:  # unwatched, it might wait for ever
+      say(f'process {index} cannot watch the others ({error!r}); {AGAIN}')
+      _leave(1)
+
+  def _watch(self):
     group, client = self._group, self._group.client
     for beat in itertools.count():
       if self._ended.wait(_BEAT if beat else 0):
         return
-      try:
-        client.key_value_set(
-          f'dpo_jax/alive/{group.index}', str(beat), allow_overwrite=True
-        )
-        news = {
-          key.rpartition('/')[2]: json.loads(value)
-          for key, value in client.key_value_dir_get('dpo_jax/news/')
-        }
-        lost = self._lost() if group.index == 0 else None
-        _STOP.settle(group, known='stop' in news)
-      except jax.errors.JaxRuntimeError as error:
-        if self._ended.is_set():
-          return
-        first_line = str(error).splitlines()[0]
-        say(f'process {group.index} lost the others ({first_line}); {AGAIN}')
-        _leave(1)
+      client.key_value_set(
+        f'dpo_jax/alive/{group.index}', str(beat), allow_overwrite=True
+      )
+      news = {
+        key.rpartition('/')[2]: json.loads(value)
+        for key, value in client.key_value_dir_get('dpo_jax/news/')
+      }
+      lost = self._lost() if group.index == 0 else None
+      _STOP.settle(group, known='stop' in news)
       for what, status in _STATUS.items():
         if what in news:
           index, text = news[what]
@@ -388,6 +395,21 @@ def _heeding(grace):
     written.close()
     listener.join()
     signals.close()
+
+
+@contextlib.contextmanager
+def saving():
+  """Within, at the last save of a run, no SIGTERM ends the process.
+
+  However long it takes: ended, it would have been for nothing.
+  """
+  before = _STOP.back.is_set()
+  _STOP.back.set()
+  try:
+    yield
+  finally:
+    if not before:
+      _STOP.back.clear()
 
 
 def heed_by_poll():

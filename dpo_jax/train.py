@@ -247,8 +247,9 @@ def _train(config, workdir, mesh):
       since.append(number)
       if due('log', number):
         now = time.perf_counter()  # the next step runs while this is written
-        rates = speed(plan, since, now - clock, share_of_peak)
-        named = {f'train/{name}': x for name, x in (values | rates).items()}
+        values |= speed(plan, since, now - clock, share_of_peak)
+        values['row_fill'] = row_fill(plan, number, every=intervals['log'])
+        named = {f'train/{name}': x for name, x in values.items()}
         writer.write(number, named)
         since.clear()
         clock = now
@@ -308,7 +309,8 @@ def _train(config, workdir, mesh):
     raise
   finally:  # whatever happens, saves under way are finished
     try:
-      checkpoints.close()
+      with processes.saving():
+        checkpoints.close()
     finally:
       writer.close()
   return state.params
@@ -317,8 +319,8 @@ def _train(config, workdir, mesh):
 def speed(plan, numbers, seconds, flops_of):
   """Means over steps (1 is the first) of `seconds` together.
 
-  `row_fill` is the share of slots that hold a real token; `flops_of` (group
-  numbers) -> the share of the peak that they take for a second.
+  `flops_of`: group numbers -> the share of the peak that they take for a
+  second.
   """
   steps = [number - 1 for number in numbers]
   groups = [group for step in steps for group in plan.steps[step]]
@@ -329,9 +331,24 @@ def speed(plan, numbers, seconds, flops_of):
     'pairs_per_second': len(groups) / seconds,
     'tokens_per_second': tokens / seconds,
     'slot_tokens_per_second': slots / seconds,
-    'row_fill': tokens / slots,
     'mfu': flops_of(groups) / seconds,
   }
+
+
+def row_fill(plan, number, *, every):
+  """Returns the share of slots with a real token since the last log point.
+
+  Of the plan alone, so a run that was resumed in between, and has not done all
+  of these steps itself, logs the same.
+
+  Args:
+    plan: of the run.
+    number: the last step, from 1.
+    every: steps between log points; 0: only after the last step.
+  """
+  every = every or plan.num_steps
+  steps = range((number - 1) // every * every, number)  # from 0
+  return sum(map(plan.tokens, steps)) / sum(map(plan.slots_of, steps))
 
 
 def make_share_of_peak(config, policy, groups, mesh):

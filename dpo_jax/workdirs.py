@@ -240,7 +240,6 @@ def check_same(workdir, config, sections):
 
   Keys of `FREE` may differ.
 
-
   Args:
     workdir: of the run that made the weights.
     config: `settings.Settings` of now.

@@ -35,6 +35,7 @@ import orbax.checkpoint as ocp
 ROOT = pathlib.Path(__file__).parents[1]
 PREEMPTED = 75
 ENDS = 120  # seconds within which all processes end when one has
+WHOLE = 1800  # seconds within which the run that nobody kills ends
 # What a clock decides.
 TIMED = (
   'step_seconds',
@@ -65,6 +66,7 @@ def command(folder, workdir, *, steps, arg):
   values = {
     'num_steps': steps,
     'optim.lr': 1e-3,
+    'log_every': 2,  # so that some are resumed between two records
     'checkpoint.every': 3,
     'eval.every': 5,
     'data.source': folder / 'pairs.jsonl',
@@ -147,6 +149,12 @@ class Started:
     for process in self.processes:
       if process.poll() is not None:
         raise RuntimeError(f'it ended by itself\n{self.tail()}')
+
+  def check_time(self, limit):
+    """Raises `limit` seconds after the start."""
+    if self.seconds() > limit:
+      self.kill()
+      raise RuntimeError(f'it hangs: {limit:.0f} s are over\n{self.tail()}')
 
   def statuses(self, timeout=ENDS):
     """Waits until all have ended; raises if they do not."""
@@ -283,6 +291,7 @@ def kill_run(folder, *, kills, seed, steps, devices, number, arg, longest):
   while run.processes[0].poll() is None:
     if until_training is None and 'compiled for' in run.logs[0].read_text():
       until_training = run.seconds()
+    run.check_time(WHOLE)
     time.sleep(0.05)
   if any(run.statuses()):
     raise RuntimeError(f'the run that nobody kills fails\n{run.tail()}')
@@ -305,6 +314,7 @@ def kill_run(folder, *, kills, seed, steps, devices, number, arg, longest):
     if trains:  # not in the evaluation that comes before the first step
       while last_step(killed) <= max(0, before):
         run.check_alive()
+        run.check_time(10 * seconds + ENDS)
         time.sleep(0.02)
     wait = moment * (longest if trains else until_training)
     wait += run.seconds() if trains else 0.0

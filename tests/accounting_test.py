@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -178,3 +179,16 @@ def test_the_log_has_the_share_of_the_peak(tmp_path):
     n = accounting.matmul_parameters(presets.DEBUG['debug-llama'])
     least = 8 * n * record['train/tokens_per_second'] / 0.5e12
     assert least < record['train/mfu'] < 4 * least
+
+
+@pytest.mark.parametrize(
+  'number, every, of', [(4, 2, [3, 4]), (5, 2, [5]), (5, 0, [1, 2, 3, 4, 5])]
+)
+def test_the_row_fill_is_that_of_the_steps_since_the_last_log_point(
+  number, every, of
+):
+  plan = types.SimpleNamespace(
+    num_steps=5, tokens=lambda i: [1, 2, 4, 8, 16][i], slots_of=lambda _: 32
+  )
+  expected = sum(2 ** (step - 1) for step in of) / (32 * len(of))
+  assert train.row_fill(plan, number, every=every) == expected

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -458,6 +459,15 @@ def test_killed_again_and_again_it_ends_the_same(tmp_path, number):
   assert account['kills'] == {'SIGKILL': 1, 'SIGTERM': 2}
   assert 'imports' not in account['phases']
   assert account['arrays_equal'] > 30
+
+
+def test_a_run_that_hangs_is_killed_at_its_deadline(tmp_path):
+  sleeps = [sys.executable, '-c', 'print("ZZZ", flush=True); input()']
+  run = kill_runs.Started(sleeps, number=1, devices=1, folder=tmp_path)
+  run.check_time(kill_runs.ENDS)
+  with pytest.raises(RuntimeError, match='it hangs: 0 s are over'):
+    run.check_time(0.0)
+  assert run.statuses() == [-signal.SIGKILL]
 
 
 def test_a_measurement_cut_off_is_made_again(tmp_path):

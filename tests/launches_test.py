@@ -83,3 +83,34 @@ def test_a_taken_port_is_named():
     port = taken.getsockname()[1]
     with pytest.raises(ValueError, match=f'port {port} of --coordinator is'):
       launches.find(f'127.0.0.1:{port}', 2, 0, {})
+
+
+@pytest.mark.parametrize(
+  'launch, message',
+  [
+    (
+      launches.Launch('explicit', '127.0.0.1:7', 4, 2),
+      'process 2 waited 9 s for process 0 and gave up; start all 4 processes'
+      ' with the same --coordinator (process 0: 127.0.0.1:7) within'
+      ' --start_timeout, and let the port through',
+    ),
+    (
+      launches.Launch('SLURM', None, 4, 0),
+      'process 0 waited 9 s for the others and gave up; start all 4 processes'
+      ' within --start_timeout, and let the port through',
+    ),
+    (
+      launches.Launch('TPU'),
+      'this process waited 9 s for process 0 and gave up; start all processes'
+      ' within --start_timeout, and let the port through',
+    ),
+  ],
+)
+def test_who_gives_up_names_only_flags_that_were_given(
+  monkeypatch, launch, message
+):
+  seen = []
+  monkeypatch.setattr(launches.processes, 'say', seen.append)
+  monkeypatch.setattr(launches.os, '_exit', seen.append)
+  launches._give_up(launch, 9.0)
+  assert seen == [message, 1]

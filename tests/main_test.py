@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dpo_jax import main
 from dpo_jax import weights
 from dpo_jax import workdirs
+from tests import processes_test
 from tests import weights_test
 from tests import worlds
 
@@ -40,6 +42,30 @@ def options(tmp_path, *more):
     f'--workdir={tmp_path / "run"}',
     *more,
   )
+
+
+def test_an_interrupted_process_says_so_in_one_line(capsys):
+  def interrupted():
+    raise KeyboardInterrupt
+
+  with pytest.raises(SystemExit) as end:
+    main.ends_all(interrupted)
+  assert end.value.code == 130
+  error = capsys.readouterr().err
+  assert error.startswith('dpo-jax: interrupted; ') and error.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(tmp_path):
+  arguments = [
+    *('sample', *options(tmp_path)[:3], '--prompt=a question: '),
+    '--config.eval.samples.temperature=1',
+  ]
+  started = [processes_test.launch(n, arguments, devices=1) for n in (1, 2)]
+  codes, outs, errors = processes_test.outcome([*started[0], *started[1]])
+  assert codes == [0, 0, 0], errors
+  texts = [[t for t in o.splitlines() if t.startswith('{')] for o in outs]
+  assert texts[0] and texts[0] == texts[1] and not texts[2]
 
 
 def test_prepare_train_eval_sample(tmp_path):

@@ -18,6 +18,7 @@ from dpo_jax import sampling
 from dpo_jax import settings
 from dpo_jax import train
 from dpo_jax import workdirs
+from tests import processes_test
 
 
 def test_best_and_worst_of_each_prompt_make_its_pair():
@@ -361,6 +362,48 @@ def test_without_a_constraint_pairs_are_those_of_multiplier_zero(
     {name: value for name, value in row.items() if name != 'cost'}
     for row in costly
   ]
+
+
+def assert_close(a, b):
+  """Numbers of two nested dicts to 1e-6."""
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    if isinstance(value, dict):
+      assert_close(value, b[name])
+    else:
+      assert b[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_pairs_and_the_report_of_one(tmp_path):
+  config = small_config(quickstart, tmp_path)
+  config.rounds = 2
+  online.run(settings.Settings(config.to_dict()), str(tmp_path / 'one'))
+  given = {
+    'rounds': 2,
+    'prompts': config.prompts,
+    'train.num_steps': config.train.num_steps,
+    'train.data.row_length': config.train.data.row_length,
+    'train.data.cache_dir': config.train.data.cache_dir,
+  }
+  started = processes_test.launch(
+    2,
+    [
+      *('online', '--config=configs/quickstart.py:debug'),
+      *(f'--config.{name}={value}' for name, value in given.items()),
+      f'--workdir={tmp_path / "two"}',
+    ],
+  )
+  codes, outs, errors = processes_test.outcome(started)
+  assert codes == [0, 0], errors
+  assert 'round 2' in outs[0] and 'round' not in outs[1]
+  for number in (1, 2):
+    one, two = (tmp_path / run / f'round_{number}' for run in ('one', 'two'))
+    for name in ('completions.jsonl', 'pairs.jsonl'):
+      assert (one / name).read_bytes() == (two / name).read_bytes()
+    reports = [json.loads((r / 'report.json').read_text()) for r in (one, two)]
+    assert set(reports[0]) == {'before', 'after'}
+    assert_close(*reports)
 
 
 def swallowed_sigterm():

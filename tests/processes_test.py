@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax import checkpoint
 from dpo_jax import metrics
 from dpo_jax import policies
 from dpo_jax import processes
@@ -396,11 +397,15 @@ def test_all_stop_at_the_same_call_whoever_hears_of_it_first(monkeypatch, seed):
       time.sleep(1e-4)
     ends[index] = calls
 
-  mains = [threading.Thread(target=polls, args=(i,)) for i in range(3)]
+  mains = [
+    threading.Thread(target=polls, args=(i,), daemon=True) for i in range(3)
+  ]
   for main in mains:
     main.start()
     time.sleep(draw.random() / 1e3)
+  until = time.monotonic() + ENDS
   while any(main.is_alive() for main in mains):
+    assert time.monotonic() < until, ends
     index = draw.randrange(3)
     group = types.SimpleNamespace(client=store, index=index, count=3)
     stops[index].settle(group, known=True)
@@ -409,11 +414,12 @@ def test_all_stop_at_the_same_call_whoever_hears_of_it_first(monkeypatch, seed):
 
 
 # What the main thread does in C++: for ever, or until the others come.
+COMPILED = (
+  'forever = jax.jit(lambda x: jax.lax.while_loop('
+  'lambda x: x >= 0, lambda x: x + 1e-9, x)).lower(1.0).compile()'
+)
 IN_C = {
-  'a computation': (
-    'jax.block_until_ready('
-    'jax.lax.while_loop(lambda x: x >= 0, lambda x: x + 1e-9, 1.0))'
-  ),
+  'a computation': 'jax.block_until_ready(forever(1.0))',
   'a wait': 'processes.wait("for ever")',
 }
 SIGNALLED = """
@@ -424,6 +430,7 @@ from dpo_jax import main, processes
 def verb():
   with processes.heed_sigterm(grace=3.0):
     {begin}
+    {compiled}
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     {body}
 
@@ -435,8 +442,12 @@ main.ends_all(verb)
 def test_a_sigterm_ends_a_process_that_does_not_come_back(begin):
   begun = time.monotonic()
   result = subprocess.run(
-    [sys.executable, '-c']
-    + [SIGNALLED.format(begin=begin, body=IN_C['a computation'])],
+    [
+      *(sys.executable, '-c'),
+      SIGNALLED.format(
+        begin=begin, compiled=COMPILED, body=IN_C['a computation']
+      ),
+    ],
     env=environment(1),
     cwd=ROOT,
     capture_output=True,
@@ -460,6 +471,7 @@ def test_a_sigterm_in_cpp_ends_all_processes(begin, body, message):
   codes, _, errors, seconds = together(
     'with processes.heed_sigterm(grace=3.0):\n'
     f'    {begin}\n'
+    f'    {COMPILED}\n'
     '    if index == 0: processes.agreed(1); time.sleep(100)\n'
     '    processes.agreed(1)\n'
     '    import signal, threading\n'
@@ -475,6 +487,7 @@ def test_the_others_stop_at_once_whatever_the_one_with_the_sigterm_computes():
   codes, outs, errors, _ = together(
     'with processes.heed_sigterm(grace=8.0):\n'
     '    processes.heed_by_poll()\n'
+    f'    {COMPILED}\n'
     '    processes.wait("both")\n'
     '    import signal, threading\n'
     '    if index:\n'
@@ -485,7 +498,54 @@ def test_the_others_stop_at_once_whatever_the_one_with_the_sigterm_computes():
   )
   assert codes == [processes.PREEMPTED] * 2, errors
   # Of the 9 s until the end it went on for some of the first 5.
-  assert 5 < int(outs[0].split()[-1]) < 60
+  assert 5 < int(outs[0].split()[-1]) < 85
+
+
+@pytest.mark.parametrize('what, left', [('save', []), ('step', [75])])
+def test_a_last_save_may_take_longer_than_the_grace(
+  tmp_path, monkeypatch, what, left
+):
+  seen = []
+  monkeypatch.setattr(processes, '_STOP', processes._Stop())
+  monkeypatch.setattr(processes, '_leave', seen.append)
+  monkeypatch.setattr(
+    checkpoint.Checkpoints, '_finish', lambda _: time.sleep(0.8)
+  )
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  with processes.heed_sigterm(grace=0.2):
+    processes.heed_by_poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+    if what == 'save':
+      with processes.saving():
+        checkpoints.close()
+      assert not processes._STOP.back.is_set()  # for what comes after it
+    else:
+      checkpoints.latest()
+      checkpoints.close()
+  assert seen == left
+
+
+@pytest.mark.parametrize(
+  'error, message',
+  [
+    (jax.errors.JaxRuntimeError('UNAVAILABLE: gone\nmore'), 'lost the others'),
+    (TypeError('no text'), "cannot watch the others (TypeError('no text'))"),
+  ],
+)
+def test_a_process_that_cannot_watch_the_others_says_so_and_ends(
+  monkeypatch, error, message
+):
+  seen = []
+  monkeypatch.setattr(processes, '_leave', seen.append)
+  monkeypatch.setattr(processes, 'say', seen.append)
+
+  def broken(*_, **__):
+    raise error
+
+  client = types.SimpleNamespace(key_value_set=broken)
+  group = types.SimpleNamespace(client=client, index=1, count=2)
+  processes._Watch(group)._run()
+  assert f'process 1 {message}' in seen[0] and seen[1:] == [1]
 
 
 @pytest.mark.slow  # a minute of waiting
