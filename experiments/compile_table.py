@@ -1,12 +1,14 @@
 """The table of docs/scaling.md: training steps compiled for TPU slices.
 
     python -m experiments.compile_table             # all rows, then the table
-    python -m experiments.compile_table --row=6 9   # some, and the table
+    python -m experiments.compile_table --row 6 9   # some, and the table
 
-needs the TPU's compiler (the extra `tpu`), no TPU. Every row is
-compiled in a process of its own, so that its memory is its own; a minute of two
-cores and 2 GiB each. What was found is kept in docs/compile_table.jsonl, from
-which the table in docs/scaling.md is written; `--render` does that alone.
+needs the TPU's compiler (the extra `tpu`), no TPU. Every row is compiled in a
+process of its own, so that its memory is its own: minutes of two cores and up
+to 3 GiB each. What was found is kept in docs/compile_table.jsonl, one record a
+row, from which the table in docs/scaling.md is written; `--render` does that
+alone. No table is written where a row has no record or one of another program,
+and it is an error if a row does not compile.
 """
 
 import argparse
@@ -36,7 +38,8 @@ FLAGS = {
   'pythia-2.8b': '--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000'
 }
 
-# (task, model, slice, pairs a step, mesh data and fsdp, other keys, lengths).
+# (task, model, slice, pairs a step, mesh data and fsdp, remat and accumulate
+# where they are not dots and 1, lengths).
 ROWS = [
   ('IMDb', 'gpt2-large', 'v5e-8', 128, (4, 2), {}, _IMDB),
   ('IMDb', 'gpt2-large', 'v4-32', 256, (16, 1), {}, _IMDB),
@@ -59,6 +62,22 @@ ROWS = [
     _LONGEST,
   ),
 ]
+
+
+def asked(number):
+  """Returns what the record of a row says if it is of the row's program."""
+  task, model, name, pairs, (data, fsdp), keys, _ = ROWS[number]
+  return {
+    'row': number,
+    'task': task,
+    'model': model,
+    'slice': name,
+    'mesh': {'data': data, 'fsdp': fsdp, 'tensor': 1},
+    'pairs': pairs,
+    'remat': keys.get('model.remat', 'dots'),
+    'accumulate': keys.get('accumulate', 1),
+    'flags': FLAGS.get(model, ''),
+  }
 
 
 def prove(number):
@@ -95,7 +114,7 @@ def prove(number):
     'shape': list(proof.shape),
     'remat': config.model.remat,
     'accumulate': config.accumulate,
-    'flags': FLAGS.get(model, ''),
+    'flags': os.environ.get('LIBTPU_INIT_ARGS', ''),
     'needed': proof.needed,
     'usable': proof.usable,
     'place': proof.place,
@@ -120,13 +139,54 @@ def prove(number):
   }
 
 
-def records():
-  """Returns the newest record of each row, in the order of ROWS."""
+def _command(numbers):
+  numbers = ' '.join(map(str, numbers))
+  return f'python -m experiments.compile_table --row {numbers}'
+
+
+def _named(number):
+  task, model, name = ROWS[number][:3]
+  return f'row {number} ({model}, {task}, {name})'
+
+
+def _read():
+  """Returns {number of a row: its record}."""
   if not RESULTS.exists():
-    return []
-  lines = RESULTS.read_text().splitlines()
-  found = {record['row']: record for record in map(json.loads, lines)}
-  return [found[number] for number in sorted(found) if number < len(ROWS)]
+    return {}
+  found = map(json.loads, RESULTS.read_text().splitlines())
+  return {record['row']: record for record in found}
+
+
+def _keep(record):
+  """Writes a record in the place of the one that its row had."""
+  found = _read() | {record['row']: record}
+  lines = [json.dumps(found[number]) + '\n' for number in sorted(found)]
+  RESULTS.write_text(''.join(lines))
+
+
+def records():
+  """Returns the record of every row, in the order of ROWS.
+
+  Raises ValueError, which names the rows and the command that mends them, where
+  one has no record or one of another program than it asks for.
+  """
+  found, wrong = _read(), {}
+  for number in range(len(ROWS)):
+    row, record = asked(number), found.get(number)
+    if record is None:
+      wrong[number] = f'{_named(number)}: has no record'
+      continue
+    differ = [
+      f'{name} is {record.get(name)!r}, not {value!r}'
+      for name, value in row.items()
+      if record.get(name) != value
+    ]
+    if differ:
+      wrong[number] = f'{_named(number)}: {", ".join(differ)}'
+  if wrong:
+    problems = '\n'.join(wrong.values())
+    raise ValueError(f'{RESULTS.name}: {problems}; run {_command(wrong)}')
+  return [found[number] for number in range(len(ROWS))]
 
 
 _SHORT = {
@@ -160,8 +220,7 @@ def _cells(record):
     f'{record["flops"] / 1e12:.1f} / {record["useful_flops"] / 1e12:.1f}',
     traffic,
     f'{record["matrix"]:.3f} / {record["memory"]:.3f} / {record["links"]:.3f}',
-    f'{record["compiler"]:.3f}'
-    + (f' ({record["products"]:.3f})' if 'products' in record else ''),
+    f'{record["compiler"]:.3f} ({record["products"]:.3f})',
     f'{record["mfu"][1]:.2f} to {record["mfu"][0]:.2f}',
     f'{record["compile_seconds"]:.0f} s, {record["peak_memory"] / 2**30:.1f}',
   ]
@@ -183,43 +242,65 @@ HEADINGS = [
 ]
 
 
-def render():
-  """Writes the table into docs/scaling.md."""
+def page():
+  """Returns docs/scaling.md with the table of the records; see `records`."""
   rows = [HEADINGS, ['---'] * len(HEADINGS), *map(_cells, records())]
   table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
-  text = PAGE.read_text()
-  before, rest = text.split(BEGIN)
+  before, rest = PAGE.read_text().split(BEGIN)
   _, after = rest.split(END)
-  PAGE.write_text(f'{before}{BEGIN}\n{table}\n{END}{after}')
+  return f'{before}{BEGIN}\n{table}\n{END}{after}'
+
+
+def render():
+  """Writes the table into docs/scaling.md."""
+  PAGE.write_text(page())
+
+
+def _compile(number):
+  """Compiles a row in a process of its own; returns whether that went well."""
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.compile_table', f'--inside={number}'],
+    stdout=subprocess.PIPE,
+    text=True,
+    check=False,
+    env=os.environ | {'LIBTPU_INIT_ARGS': asked(number)['flags']},
+  )
+  if not done.returncode:
+    _keep(json.loads(done.stdout.splitlines()[-1]))
+  return not done.returncode
 
 
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument('--row', type=int, nargs='+', help='numbers of ROWS')
+  numbers = range(len(ROWS))
+  parser.add_argument(
+    '--row',
+    type=int,
+    nargs='+',
+    choices=numbers,
+    metavar='N',
+    help=f'numbers of ROWS, 0 to {len(ROWS) - 1}',
+  )
   parser.add_argument('--render', action='store_true', help='only the table')
   parser.add_argument('--inside', type=int, help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.inside is not None:
     print(json.dumps(prove(options.inside)))
     return
-  if not options.render:
-    for number in options.row or range(len(ROWS)):
-      command = [sys.executable, '-m', 'experiments.compile_table']
-      done = subprocess.run(
-        [*command, f'--inside={number}'],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        env=os.environ | {'LIBTPU_INIT_ARGS': FLAGS.get(ROWS[number][1], '')},
-      )
-      if done.returncode:
-        print(f'row {number} {ROWS[number][:3]} was not compiled')
-        continue
-      with RESULTS.open('a') as f:
-        f.write(done.stdout.splitlines()[-1] + '\n')
-  render()
+  rows = [] if options.render else options.row or numbers
+  failed = [number for number in rows if not _compile(number)]
+  problems = []
+  try:
+    render()
+  except ValueError as error:
+    problems.append(f'no table: {error}')
+  if failed:
+    named = ', '.join(map(_named, failed))
+    problems.append(f'not compiled: {named}; run {_command(failed)}')
+  if problems:
+    sys.exit('\n'.join(problems))
 
 
 if __name__ == '__main__':
