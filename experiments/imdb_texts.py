@@ -305,12 +305,14 @@ def write_best_of_n(scale, paths):
   """Samples often from the SFT model; writes both rewards of all samples."""
   prompts = _texts(paths.test_prompts, 'prompt')[: scale.best_of_prompts]
   number = max(*scale.best_of, scale.tilted)
-  responses, _ = sample(
+  responses, ended = sample(
     scale, prompts, number=number, workdir=paths.sft, stream='best_of_n'
   )
   repeated = [prompt for prompt in prompts for _ in range(number)]
   columns = {
-    name: rewards.score(reward_models.get(reward), repeated, responses)
+    name: rewards.score(
+      reward_models.get(reward), repeated, responses, ended=ended
+    )
     for name, reward in [('learned', paths.learned), ('reward', paths.reward)]
   }
   by_prompt = {
