@@ -318,7 +318,7 @@ def _memory_bytes(program, computation, op):
   """Estimates the bytes of an operation between memory and core.
 
   Operands and results that do not lie near the core, each once; of what a
-  fusion only slices, or writes a slice of, the slice.
+  fusion, or one within it, only slices, or writes a slice of, the slice.
   """
   if op.opcode in _FREE or op.opcode.endswith('-done'):
     return 0
@@ -327,8 +327,7 @@ def _memory_bytes(program, computation, op):
     return far / 2 if op.opcode != 'async-start' else 0
   sliced = {}
   if op.opcode == 'fusion':
-    inner = program.computations[hlo.CALLED.search(op.rest).group(1)]
-    sliced, far = _slices(inner, far)
+    sliced, far = _slices(program, _inner(program, op), far)
   elif op.opcode in ('dynamic-slice', 'gather'):
     sliced = {0: far}
   elif op.opcode == 'dynamic-update-slice':
@@ -343,23 +342,21 @@ def _memory_bytes(program, computation, op):
   return total
 
 
-def _slices(inner, far):
+def _inner(program, fusion):
+  return program.computations[hlo.CALLED.search(fusion.rest).group(1)]
+
+
+def _slices(program, inner, far):
   """Returns ({operand: bytes of its slices}, bytes written) of a fusion."""
-  uses = collections.defaultdict(list)
-  for user in inner.instructions.values():
-    for place, name in enumerate(user.operands):
-      uses[name].append((user, place))
   sliced = {}
   for parameter in inner.instructions.values():
     if parameter.opcode != 'parameter':
       continue
-    number = int(parameter.rest.split(')')[0])
-    users = uses[parameter.name]
-    if users and all(
-      place == 0 and user.opcode in ('dynamic-slice', 'gather', 'slice')
-      for user, place in users
-    ):
-      sliced[number] = sum(user.bytes for user, _ in users)
+    number = _number(parameter)
+    users = _users(inner, parameter.name)
+    part = _part(program, inner, parameter.name)
+    if part is not None:
+      sliced[number] = part
     elif users and all(
       place == 0 and user.opcode == 'dynamic-update-slice'
       for user, place in users
@@ -369,3 +366,42 @@ def _slices(inner, far):
       if far:
         far -= parameter.bytes - sum(update.bytes for update in updates)
   return sliced, max(far, 0)
+
+
+def _part(program, inner, name):
+  """Returns the bytes of the slices of a value that are all of it that is
+  used, by fusions in the fusion too; None where it is used whole.
+  """
+  total, users = 0, _users(inner, name)
+  for user, place in users:
+    part = None
+    if user.opcode == 'fusion':
+      nested = _inner(program, user)
+      (parameter,) = (
+        instruction.name
+        for instruction in nested.instructions.values()
+        if instruction.opcode == 'parameter' and _number(instruction) == place
+      )
+      part = _part(program, nested, parameter)
+    elif user.opcode == 'bitcast':
+      part = _part(program, inner, user.name)
+    elif place == 0 and user.opcode in ('dynamic-slice', 'gather', 'slice'):
+      part = user.bytes
+    if part is None:
+      return None
+    total += part
+  return total if users else None
+
+
+def _number(parameter):
+  return int(parameter.rest.split(')')[0])
+
+
+def _users(inner, name):
+  """Returns [(instruction, place of the value among its operands)]."""
+  return [
+    (user, place)
+    for user in inner.instructions.values()
+    for place, operand in enumerate(user.operands)
+    if operand == name
+  ]

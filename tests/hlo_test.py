@@ -151,6 +151,17 @@ def test_of_the_branches_of_a_condition_the_costliest_counts(branches):
   assert account.collectives['all-reduce'].payload == 8 * 8 * 4
 
 
+def test_of_what_a_fusion_within_a_fusion_slices_the_slice_is_read():
+  text = (GOLDEN / 'slices.hlo').read_text()
+  matrix, stack = 8 * 8 * 4, 36 * 8 * 8 * 4
+  sliced = hlo_counts.count(hlo.parse(text))
+  assert sliced.memory_bytes == 3 * matrix  # slice, weight and product
+  assert sliced.flops == 2 * 8**3
+  whole = text.replace('dynamic-slice(', 'reduce(')
+  read = hlo_counts.count(hlo.parse(whole)).memory_bytes
+  assert read == stack + 2 * matrix
+
+
 def test_collectives_of_a_mesh_are_counted_by_kind_and_bytes():
   mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
 
