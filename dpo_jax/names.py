@@ -6,7 +6,8 @@ import difflib
 class Unknown(ValueError):
   """A name that a table lacks; `table` is that table."""
 
-  def __init__(self, text, table):
+  # Libraries that add to an error's text make it anew, of that text alone.
+  def __init__(self, text, table=()):
     super().__init__(text)
     self.table = table
 
