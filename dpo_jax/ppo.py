@@ -25,21 +25,18 @@ import jax
 import numpy as np
 import tqdm
 
-from dpo_jax import checkpoint
 from dpo_jax import evaluators
-from dpo_jax import metrics
 from dpo_jax import names
 from dpo_jax import policies
 from dpo_jax import processes
+from dpo_jax import progress
 from dpo_jax import reward_models
 from dpo_jax import rl
 from dpo_jax import rollouts
 from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax import steps
-from dpo_jax import train
 from dpo_jax import updates
-from dpo_jax import workdirs
 from dpo_jax.data import batches
 from dpo_jax.data import examples
 
@@ -60,14 +57,7 @@ def run(config, workdir):
     workdir: as of `train.train`; a run found there is resumed.
   """
   workdir = os.fspath(workdir)
-  workdirs.check(workdir, config)
-  train.keep_compiled(config.compilation_cache)
-  mesh = sharding.make_mesh(**config.mesh)
-  with (
-    processes.heed_sigterm(),
-    workdirs.held(workdir),
-    sharding.use(mesh),
-  ):
+  with progress.begun(config, workdir) as mesh:
     return _run(config, workdir, mesh)
 
 
@@ -77,11 +67,7 @@ def run(config, workdir):
 def check(config, mesh):
   """Refuses sizes and choices that do not fit together."""
   size, batch_size = config.rollout.size, config.batch_size
-  if config.accumulate < 1:
-    raise ValueError(f'accumulate is {config.accumulate}; use 1 or more')
-  sharding.check_batch_size(
-    'batch_size', batch_size, mesh, parts=config.accumulate
-  )
+  updates.check_micro_batches(config, mesh)
   if size < 1 or size % batch_size:
     raise ValueError(
       f'rollout.size {size} is not a multiple of batch_size {batch_size}, the'
@@ -273,81 +259,33 @@ def _run(config, workdir, mesh):
   tqdm.tqdm.write(update.table(frozen | {'ref': base.ref}))
 
   # ------------------------------------------------------------- restore ----
-  # 1 this workdir, 2 config.resume, 3 config.init, 4 model.source; the last
-  # two are in policy.trained already.
-  intervals = {
-    'log': config.log_every,
-    'evaluate': config.eval.every,
-    'save': config.checkpoint.every,
-  }
-  resume, keep, best = (
-    config.resume,
-    config.checkpoint.keep,
-    config.checkpoint.best,
+  here = progress.Progress(
+    config,
+    workdir,
+    data=json.dumps([prompt.tolist() for prompt in prompts]),
+    resumed=RESUMED,
   )
-  if resume:
-    workdirs.check_same(resume, config, RESUMED)
-  config.check_all_read()
-  checkpoint.check(
-    keep=keep,
-    best=best,
-    every=intervals['save'],
-    eval_every=intervals['evaluate'],
-  )
-  workdirs.claim(
-    workdir, config, json.dumps([prompt.tolist() for prompt in prompts])
-  )
-  directory = os.path.join(workdir, 'checkpoints')
-  own = checkpoint.steps(directory)
-  first, measured = 0, False
-  if not own and not resume:
+  if here.fresh:
     memory = base.first_memory
     if config.reward.normalize == 'reference':
       rollout = roll(policy.trained, 1, 'normalizer')
       memory = memory | {'reward': moments(rollout, mesh)}
     state = steps.init_state(policy.trained, update.tx, memory=memory)
   else:
-    like, measured = steps.saved(update.shapes), True
-    if own:
-      first, items, measured = checkpoint.restore(
-        directory, like, set_aside=True
-      )
-    else:
-      first, items = workdirs.restore(resume, like)
-    state = steps.restored_state(update.shapes, first * per_step, items)
+    items = here.restore(steps.saved(update.shapes))
+    state = steps.restored_state(update.shapes, here.first * per_step, items)
   policy.trained = None  # donated, or not needed
-  checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
-  own = [step for step in own if step <= first]  # those beyond were set aside
-  writer = metrics.Nowhere()
-  if processes.first():
-    writer = metrics.Writer(
-      workdir, after=first if first else -1, measured=measured
-    )
 
   # ---------------------------------------------------------------- loop ----
-  def due(what, number):
-    every = intervals[what]
-    return number == num_steps or (every and number % every == 0)
+  def evaluate():
+    return base.evaluate(state.params, state.ref, state.memory)
 
-  def measure(number):
-    values, samples = base.evaluate(state.params, None, state.memory)
-    checkpoints.check_rating(values)
-    writer.write(number, values, samples)
-    return values
+  def saved():
+    return steps.saved(state)
 
-  done = first  # the step that made `state`; `measured`: what is due at it
-  processes.heed_by_poll()
-  try:
-    if not measured:
-      ratings = measure(first)
-      measured = True
-      if first in own and due('save', first):
-        checkpoints.rate(first, ratings)
-    for number in tqdm.trange(
-      first + 1, num_steps + 1, initial=first, total=num_steps, desc='ppo'
-    ):
-      processes.poll()
-      checkpoints.check()
+  with here.open(num_steps, evaluate=evaluate, saved=saved):
+    for number in here.steps('ppo'):
+      here.check_saves()
       # ------------------------------------------- rollout, advantages ----
       start = time.perf_counter()
       rollout = roll(state.params, number, 'rollout')
@@ -378,7 +316,7 @@ def _run(config, workdir, mesh):
           update.shapes.memory,
         )
       )
-      done, measured = number, not due('evaluate', number)
+      here.did(number)
       # ------------------------------------------------------ log, save ----
       seconds = time.perf_counter() - start
       values |= evaluators.means(
@@ -390,30 +328,10 @@ def _run(config, workdir, mesh):
         'rollout_seconds': sampled - start,
         'samples_per_second': size / seconds,
       }
-      train.check_finite(values, number, checkpoints)
-      if due('log', number):
-        writer.write(number, {f'train/{name}': x for name, x in values.items()})
-      ratings = None
-      if not measured:
-        ratings = measure(number)
-        measured = True
-      if due('save', number):
-        writer.sync()
-        checkpoints.save(number, steps.saved(state), values=ratings)
-  except processes.Preempted as stop:
-    if done > max(own, default=0) and done != checkpoints.newest:
-      writer.sync()
-      checkpoints.save(done, steps.saved(state), measured=measured)
-    stop.what = f'SIGTERM after step {done} of {num_steps}'
-    if done in (checkpoints.newest, *own):
-      stop.what += ', which is saved'
-    raise
-  finally:  # whatever happens, saves under way are finished
-    try:
-      with processes.saving():
-        checkpoints.close()
-    finally:
-      writer.close()
+      here.check_finite(values, number)
+      if here.due('log', number):
+        here.log(number, values)
+      here.settle(number)
   return state.params
 
 

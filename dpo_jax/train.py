@@ -10,32 +10,24 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 
 from dpo_jax import accounting
-from dpo_jax import checkpoint
 from dpo_jax import evaluators
-from dpo_jax import fetch
-from dpo_jax import metrics
 from dpo_jax import processes
+from dpo_jax import progress
 from dpo_jax import ref_cache
 from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax import steps
 from dpo_jax import updates
-from dpo_jax import workdirs
 from dpo_jax.data import batches
 from dpo_jax.losses import table
 
 
 def check_accumulate(config, mesh):
   """Refuses micro-batches that would not add up to the batch."""
-  if config.accumulate < 1:
-    raise ValueError(f'accumulate is {config.accumulate}; use 1 or more')
-  sharding.check_batch_size(
-    'batch_size', config.batch_size, mesh, parts=config.accumulate
-  )
+  updates.check_micro_batches(config, mesh)
   if config.accumulate == 1:
     return
   for term in runs.bind_losses(config):
@@ -71,39 +63,9 @@ def training_plan(config, groups, mesh, *, window):
   )
 
 
-def check_finite(values, step, checkpoints):
-  """Raises where a loss, a gradient or the updated parameters are not finite.
-
-  Called on every step's metrics and on every evaluation before a checkpoint
-  is written, so a checkpoint never holds what it finds.
-  """
-  for name, value in values.items():
-    if name.split('/')[-1] in ('loss', 'grad_norm', 'param_norm'):
-      if not np.isfinite(value):
-        kept = checkpoints.latest()
-        raise FloatingPointError(
-          f'{name} is {value} at step {step}; the last good checkpoint is'
-          f' {"none" if kept is None else f"that of step {kept}"}. Go on from'
-          ' it in a new workdir, with config.resume set to this one and a'
-          ' smaller optim.lr or a smaller optim.clip_norm'
-        )
-
-
 # Steps that may be under way before the host waits for their metrics; after a
 # SIGTERM they are waited for.
 _AHEAD = 4
-
-
-def keep_compiled(folder):
-  """Makes compiled programs outlive the process, in `folder`.
-
-  'auto' is the user's cache, '' turns it off. What JAX was told otherwise, for
-  example by $JAX_COMPILATION_CACHE_DIR, stays.
-  """
-  if folder and not jax.config.jax_compilation_cache_dir:
-    if folder == 'auto':
-      folder = fetch.cache_folder() / 'compiled'
-    jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
 
 
 # What a run must share with the one whose state it goes on with.
@@ -119,14 +81,7 @@ def train(config, workdir):
       checkpoints/ of this run; a run found there is resumed.
   """
   workdir = os.fspath(workdir)
-  workdirs.check(workdir, config)
-  keep_compiled(config.compilation_cache)
-  mesh = sharding.make_mesh(**config.mesh)
-  with (
-    processes.heed_sigterm(),
-    workdirs.held(workdir),
-    sharding.use(mesh),
-  ):
+  with progress.begun(config, workdir) as mesh:
     return _train(config, workdir, mesh)
 
 
@@ -161,32 +116,13 @@ def _train(config, workdir, mesh):
   tqdm.tqdm.write(update.table(frozen))
 
   # ------------------------------------------------------------- restore ----
-  # 1 this workdir, 2 config.resume, 3 config.init, 4 model.source; the last
-  # two are in policy.trained already.
-  intervals = {
-    'log': config.log_every,
-    'evaluate': config.eval.every,
-    'save': config.checkpoint.every,
-  }
-  resume, keep, best = (
-    config.resume,
-    config.checkpoint.keep,
-    config.checkpoint.best,
+  here = progress.Progress(
+    config,
+    workdir,
+    data=ref_cache.data_digest(groups['train']),
+    resumed=RESUMED,
   )
-  if resume:
-    workdirs.check_same(resume, config, RESUMED)
-  config.check_all_read()
-  checkpoint.check(
-    keep=keep,
-    best=best,
-    every=intervals['save'],
-    eval_every=intervals['evaluate'],
-  )
-  workdirs.claim(workdir, config, ref_cache.data_digest(groups['train']))
-  directory = os.path.join(workdir, 'checkpoints')
-  own = checkpoint.steps(directory)
-  measured = False
-  if not own and not resume:
+  if here.fresh:
     ref = jax.tree.map(jnp.copy, policy.trained) if ema else None
     state = steps.init_state(
       policy.trained, tx, ref=ref, memory=run.first_memory
@@ -194,18 +130,13 @@ def _train(config, workdir, mesh):
     policy.trained = None  # donated with the state
   else:
     policy.trained = None  # makes room
-    like, measured = steps.saved(shapes), True
-    if own:
-      at, items, measured = checkpoint.restore(directory, like, set_aside=True)
-    else:
-      at, items = workdirs.restore(resume, like)
-    state = steps.restored_state(shapes, at, items)
+    items = here.restore(steps.saved(shapes))
+    state = steps.restored_state(shapes, here.first, items)
 
   # ------------------------------------------------------------- compile ----
   # All of it before the first step, since a compilation heeds no SIGTERM.
-  first = int(state.step)
   compiled = {}  # shape of a batch -> the step for it
-  for number in range(first + 1, num_steps + 1):
+  for number in range(here.first + 1, num_steps + 1):
     shape = plan.shape_of(number - 1)
     if shape not in compiled:
       batch = evaluators.put_batch(
@@ -220,99 +151,54 @@ def _train(config, workdir, mesh):
   # Who computes first waits 30 s for the others, gloo does, and no longer.
   processes.wait('compiled')
 
-  # ---------------------------------------------------------------- logs ----
-  checkpoints = checkpoint.Checkpoints(directory, keep=keep, best=best)
-  own = [step for step in own if step <= first]  # those beyond were set aside
-  writer = metrics.Nowhere()
-  if processes.first():
-    writer = metrics.Writer(
-      workdir, after=first if first else -1, measured=measured
-    )
-
   # ---------------------------------------------------------------- loop ----
-  def due(what, number):
-    every = intervals[what]
-    return number == num_steps or (every and number % every == 0)
-
   since = []  # steps done since the last record, and when the first began
   clock = None
+  pending = []  # steps under way: (number, metrics on the device)
 
-  def finish(pending):
+  def finish():
     """Waits for steps, checks their metrics and logs those that are due."""
     nonlocal clock
     for number, values in pending:
-      checkpoints.check()
+      here.check_saves()
       values = evaluators.means(jax.device_get(values))
-      check_finite(values, number, checkpoints)
+      here.check_finite(values, number)
       since.append(number)
-      if due('log', number):
+      if here.due('log', number):
         now = time.perf_counter()  # the next step runs while this is written
         values |= speed(plan, since, now - clock, share_of_peak)
-        values['row_fill'] = row_fill(plan, number, every=intervals['log'])
-        named = {f'train/{name}': x for name, x in values.items()}
-        writer.write(number, named)
+        values['row_fill'] = row_fill(plan, number, every=here.log_every)
+        here.log(number, values)
         since.clear()
         clock = now
     pending.clear()
 
-  def measure(number):
-    values, samples = run.evaluate(state.params, state.ref, state.memory)
-    check_finite(values, number, checkpoints)
-    checkpoints.check_rating(values)
-    writer.write(number, values, samples)
-    return values
+  def evaluate():
+    return run.evaluate(state.params, state.ref, state.memory)
 
-  pending = []  # steps under way: (number, metrics on the device)
-  done = first  # the step that made `state`; `measured`: what is due at it
-  processes.heed_by_poll()
-  try:
-    if not measured:
-      ratings = measure(first)
-      measured = True
-      if first in own and due('save', first):
-        checkpoints.rate(first, ratings)
+  def saved():
+    finish()
+    return steps.saved(state)
+
+  with here.open(num_steps, evaluate=evaluate, saved=saved):
     clock = time.perf_counter()
-    for number in tqdm.trange(
-      first + 1, num_steps + 1, initial=first, total=num_steps, desc='train'
-    ):
-      processes.poll()
+    for number in here.steps('train'):
       batch = evaluators.put_batch(
         plan, number - 1, mesh, ref_values=ref_values['train']
       )
       shape = plan.shape_of(number - 1)
       state, values = compiled[shape](state, frozen, batch)
-      done, measured = number, not due('evaluate', number)
+      here.did(number)
       # Only now that the next step is under way is the log waited for, so that
       # the devices have work while the host writes and builds a batch.
-      if pending and (due('log', number - 1) or len(pending) == _AHEAD):
-        finish(pending)
+      if pending and (here.due('log', number - 1) or len(pending) == _AHEAD):
+        finish()
       pending.append((number, values))
-      if number == num_steps or due('evaluate', number) or due('save', number):
-        finish(pending)
+      if here.due('evaluate', number) or here.due('save', number):
+        finish()
         pause = time.perf_counter()
-        ratings = None
-        if not measured:
-          ratings = measure(number)
-          measured = True
-        if due('save', number):
-          writer.sync()
-          checkpoints.save(number, steps.saved(state), values=ratings)
+        here.settle(number)
         clock += time.perf_counter() - pause
-  except processes.Preempted as stop:
-    finish(pending)
-    if done > max(own, default=0) and done != checkpoints.newest:
-      writer.sync()
-      checkpoints.save(done, steps.saved(state), measured=measured)
-    stop.what = f'SIGTERM after step {done} of {num_steps}'
-    if done in (checkpoints.newest, *own):
-      stop.what += ', which is saved'
-    raise
-  finally:  # whatever happens, saves under way are finished
-    try:
-      with processes.saving():
-        checkpoints.close()
-    finally:
-      writer.close()
   return state.params
 
 

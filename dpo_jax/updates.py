@@ -37,6 +37,15 @@ class Update(NamedTuple):
     )
 
 
+def check_micro_batches(config, mesh):
+  """Refuses an `accumulate` that does not cut the batch into equal parts."""
+  if config.accumulate < 1:
+    raise ValueError(f'accumulate is {config.accumulate}; use 1 or more')
+  sharding.check_batch_size(
+    'batch_size', config.batch_size, mesh, parts=config.accumulate
+  )
+
+
 def make(config, policy, sums, first_memory, mesh, *, num_steps):
   """Returns the Update of a config, which nothing has been computed for yet.
 

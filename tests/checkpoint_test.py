@@ -17,6 +17,7 @@ from dpo_jax import checkpoint
 from dpo_jax import digests
 from dpo_jax import metrics
 from dpo_jax import processes
+from dpo_jax import progress
 from dpo_jax import sharding
 from dpo_jax import train
 from experiments import kill_runs
@@ -388,14 +389,14 @@ def test_a_preempted_evaluation_keeps_the_same_best(tmp_path, monkeypatch):
   config = worlds.debug_config(tmp_path, **changes)
   whole, cut_off = tmp_path / 'whole', tmp_path / 'cut_off'
   train.train(config, whole)
-  check_finite = train.check_finite
+  check_finite = progress.check_finite
 
   def preempted(values, step, checkpoints):
     check_finite(values, step, checkpoints)
     if step == 2 and 'heldout/loss' in values:
       raise processes.Preempted('SIGTERM', together=True)
 
-  monkeypatch.setattr(train, 'check_finite', preempted)
+  monkeypatch.setattr(progress, 'check_finite', preempted)
   with pytest.raises(processes.Preempted):
     train.train(config, cut_off)
   monkeypatch.undo()

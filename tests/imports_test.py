@@ -64,6 +64,7 @@ MIDDLE = {
   'reward_models',
   'conversions',
   'updates',
+  'progress',
   'rollouts',
 }
 # What every room may import, because it imports nothing of ours.

@@ -7,6 +7,7 @@ from dpo_jax import checkpoint
 from dpo_jax import evaluators
 from dpo_jax import fetch
 from dpo_jax import metrics
+from dpo_jax import progress
 from dpo_jax import train
 from tests import worlds
 
@@ -15,7 +16,7 @@ def test_metrics_are_fetched_at_log_points_after_the_next_step_began(
   tmp_path, monkeypatch
 ):
   seen = []
-  put_batch, check_finite = evaluators.put_batch, train.check_finite
+  put_batch, check_finite = evaluators.put_batch, progress.check_finite
   sync, save = metrics.Writer.sync, checkpoint.Checkpoints.save
 
   def spy_sync(writer):
@@ -37,7 +38,7 @@ def test_metrics_are_fetched_at_log_points_after_the_next_step_began(
     return check_finite(values, step, checkpoints)
 
   monkeypatch.setattr(evaluators, 'put_batch', spy_batch)
-  monkeypatch.setattr(train, 'check_finite', spy_check)
+  monkeypatch.setattr(progress, 'check_finite', spy_check)
   monkeypatch.setattr(metrics.Writer, 'sync', spy_sync)
   monkeypatch.setattr(checkpoint.Checkpoints, 'save', spy_save)
   config = worlds.debug_config(
@@ -73,16 +74,16 @@ def no_cache():
 
 @pytest.mark.usefixtures('no_cache')
 def test_compiled_programs_are_kept_unless_turned_off(tmp_path):
-  train.keep_compiled('')
+  progress.keep_compiled('')
   assert jax.config.jax_compilation_cache_dir is None
-  train.keep_compiled('auto')
+  progress.keep_compiled('auto')
   own = str(fetch.cache_folder() / 'compiled')
   assert jax.config.jax_compilation_cache_dir == own
-  train.keep_compiled(str(tmp_path))  # what was set stays
+  progress.keep_compiled(str(tmp_path))  # what was set stays
   assert jax.config.jax_compilation_cache_dir == own
 
 
 def test_the_tests_leave_the_cache_of_the_user_alone():
   before = jax.config.jax_compilation_cache_dir
-  train.keep_compiled('auto')
+  progress.keep_compiled('auto')
   assert before and jax.config.jax_compilation_cache_dir == before
