@@ -142,6 +142,31 @@ def make_compare(model_config, mesh, *, chunk):
   return of_groups
 
 
+def sample(
+  model_config, tokenizer, variables, prompts, *, title, leave=False, **how
+):
+  """Samples on a bar, and heeds a SIGTERM after every batch.
+
+  Args:
+    model_config: of the policy.
+    tokenizer: of the model; its EOS ends a response.
+    variables: see `sampling.generate`.
+    prompts: see the same.
+    title: of the bar.
+    leave: whether the bar stays when it is done.
+    **how: the other keywords of `sampling.generate`.
+  """
+  with tqdm.tqdm(total=len(prompts), desc=title, leave=leave) as bar:
+    return sampling.generate(
+      model_config,
+      variables,
+      prompts,
+      eos_id=tokenizer.eos_ids,
+      on_batch=lambda done: (bar.update(done - bar.n), processes.poll()),
+      **how,
+    )
+
+
 def response_texts(samples, tokenizer):
   """Decodes `sampling.Samples`, without the EOS that ended a response.
 
@@ -210,19 +235,18 @@ def make_samples(
   longest = max(map(len, prompts))
 
   def evaluate(variables, ref_variables):
-    with tqdm.tqdm(total=len(repeated), desc='samples', leave=False) as bar:
-      samples = sampling.generate(
-        model_config,
-        variables,
-        repeated,
-        key=key,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        eos_id=tokenizer.eos_ids,
-        batch_size=batch_size,
-        on_batch=lambda done: (bar.update(done - bar.n), processes.poll()),
-      )
+    samples = sample(
+      model_config,
+      tokenizer,
+      variables,
+      repeated,
+      title='samples',
+      key=key,
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      top_p=top_p,
+      batch_size=batch_size,
+    )
     responses = samples.responses()
     columns = {'length': samples.lengths, 'ended': samples.ended}
     if honest and ref_variables is not None:

@@ -22,7 +22,6 @@ import json
 import os
 
 import numpy as np
-import tqdm
 
 from dpo_jax import constraints
 from dpo_jax import evaluators
@@ -33,7 +32,6 @@ from dpo_jax import report
 from dpo_jax import reward_models
 from dpo_jax import rewards
 from dpo_jax import runs
-from dpo_jax import sampling
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import train
@@ -276,24 +274,21 @@ def write_pairs(
   policy = policies.open_policy(config, mesh)
   tokenizer = policy.tokenizer
   repeated = [text for text in prompts for _ in range(samples_per_prompt)]
-  bar = tqdm.tqdm(total=len(repeated), desc='sample')
-  with sharding.use(mesh), bar as progress:
-    samples = sampling.generate(
+  with sharding.use(mesh):
+    samples = evaluators.sample(
       policy.config,
+      tokenizer,
       policy.variables(policy.trained),
       examples.encode_prompts(
         repeated, tokenizer, config.data.max_prompt_tokens
       ),
+      title='sample',
+      leave=True,
       key=policies.stream(config.seed, 'rollout'),
       max_new_tokens=max_new_tokens,
       temperature=temperature,
       top_p=top_p,
-      eos_id=tokenizer.eos_ids,
       batch_size=batch_size,
-      on_batch=lambda done: (
-        progress.update(done - progress.n),
-        processes.poll(),
-      ),
     )
   responses = evaluators.response_texts(samples, tokenizer)
   values = rewards.score(reward, repeated, responses, ended=samples.ended)

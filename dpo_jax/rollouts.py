@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from dpo_jax import evaluators
 from dpo_jax import logps
@@ -25,7 +24,6 @@ from dpo_jax import processes
 from dpo_jax import rewards
 from dpo_jax import rl
 from dpo_jax import runs
-from dpo_jax import sampling
 from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import examples
@@ -90,19 +88,18 @@ def make_collect(
   """
 
   def collect(variables, prompts, key):
-    with tqdm.tqdm(total=len(prompts), desc='rollout', leave=False) as bar:
-      samples = sampling.generate(
-        model_config,
-        variables,
-        prompts,
-        key=key,
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        eos_id=tokenizer.eos_ids,
-        batch_size=batch_size,
-        on_batch=lambda done: (bar.update(done - bar.n), processes.poll()),
-      )
+    samples = evaluators.sample(
+      model_config,
+      tokenizer,
+      variables,
+      prompts,
+      title='rollout',
+      key=key,
+      max_new_tokens=max_new_tokens,
+      temperature=1.0,
+      top_p=1.0,
+      batch_size=batch_size,
+    )
     values = rewards.score(
       reward,
       evaluators.prompt_texts(prompts, tokenizer),

@@ -9,7 +9,6 @@ import re
 
 import numpy as np
 import tokenizers
-import tqdm
 
 from dpo_jax import evaluators
 from dpo_jax import exports
@@ -17,10 +16,8 @@ from dpo_jax import fetch
 from dpo_jax import judges
 from dpo_jax import online
 from dpo_jax import policies
-from dpo_jax import processes
 from dpo_jax import reward_models
 from dpo_jax import rewards
-from dpo_jax import sampling
 from dpo_jax import sentiment
 from dpo_jax import settings
 from dpo_jax import sharding
@@ -200,24 +197,20 @@ def sample(
   mesh = sharding.make_mesh(**config.mesh)
   policy = policies.open_policy(config, mesh, workdir=str(workdir), which=which)
   repeated = [prompt for prompt in prompts for _ in range(number)]
-  bar = tqdm.tqdm(total=len(repeated), desc='samples', leave=False)
-  with sharding.use(mesh), bar as progress:
-    samples = sampling.generate(
+  with sharding.use(mesh):
+    samples = evaluators.sample(
       policy.config,
+      policy.tokenizer,
       policy.variables(policy.trained),
       examples.encode_prompts(
         repeated, policy.tokenizer, scale.prompt_tokens[1] + 1
       ),
+      title='samples',
       key=policies.stream(scale.seed, stream),
       max_new_tokens=scale.new_tokens,
       temperature=temperature,
       top_p=1.0,
-      eos_id=policy.tokenizer.eos_ids,
       batch_size=scale.sample_batch,
-      on_batch=lambda done: (
-        progress.update(done - progress.n),
-        processes.poll(),
-      ),
     )
   return evaluators.response_texts(samples, policy.tokenizer), samples.ended
 
