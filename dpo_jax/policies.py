@@ -108,14 +108,21 @@ def open_policy(config, mesh, *, workdir='', which='newest', head=None):
 
 def new_head(config, model_config, mesh, *, scale):
   """Returns a new head, placed; see `heads.init` for its scale."""
+  key = stream(config.seed, 'head')
+  shapes = abstract_head(model_config, mesh)
+  return jax.jit(
+    lambda: heads.init(key, model_config.d_model, scale=scale),
+    out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+  )()
 
-  def make():
-    key = stream(config.seed, 'head')
-    return heads.init(key, model_config.d_model, scale=scale)
 
-  boxed = heads.boxed(jax.eval_shape(make))
-  shardings = sharding.parameter_shardings(boxed, mesh)
-  return jax.jit(make, out_shardings=shardings)()
+def abstract_head(model_config, mesh):
+  """Returns the shapes of a head, placed."""
+  shapes = jax.eval_shape(
+    lambda: heads.init(jax.random.key(0), model_config.d_model, scale=0.0)
+  )
+  where = sharding.parameter_shardings(heads.boxed(shapes), mesh)
+  return sharding.abstract(shapes, where)
 
 
 def abstract_policy(config, mesh, *, head=None):
@@ -138,11 +145,7 @@ def abstract_policy(config, mesh, *, head=None):
   )
   own_head = {}
   if head is not None:
-    shapes = jax.eval_shape(
-      lambda: heads.init(jax.random.key(0), model_config.d_model, scale=head)
-    )
-    where = sharding.parameter_shardings(heads.boxed(shapes), mesh)
-    own_head = {'head': sharding.abstract(shapes, where)}
+    own_head = {'head': abstract_head(model_config, mesh)}
   section = dict(config.adapter)
   if section['kind'] == 'peft':
     raise ValueError(

@@ -126,10 +126,9 @@ def set_up(config, mesh):
   reward = reward_models.get(config.reward.name, mesh=mesh)
 
   # ------------------------------------------------------------ evaluator ----
-  how = dict(config.eval.samples)
   heldout = runs.sample_prompts(
-    how.pop('prompts'),
-    how.pop('num_prompts'),
+    config.eval.samples.prompts,
+    config.eval.samples.num_prompts,
     [examples.Group(p, (), 1.0, 1.0, '') for p in prompts['test']],
     tokenizer,
     max_prompt_tokens=config.data.max_prompt_tokens,
@@ -139,28 +138,9 @@ def set_up(config, mesh):
   if both:  # first words of reviews may well be the same
     report += f'\n{both} of {len(heldout)} held-out prompts are trained on too'
   tqdm.tqdm.write(report, file=sys.stderr)
-  judges = reward_models.get_judges(how.pop('judges'), mesh=mesh)
-  name = how.pop('reward')
-  if name == 'none':
-    measured = None
-  elif name:
-    measured = reward_models.get(name, mesh=mesh)
-  else:
-    measured = reward
-  sample = None
-  if heldout:
-    sample = evaluators.make_samples(
-      policy.config,
-      tokenizer,
-      heldout,
-      mesh,
-      chunk=chunk,
-      key=policies.stream(config.seed, 'evaluation'),
-      reward=measured,
-      judges=judges,
-      **how,
-    )
-
+  sample = runs.sample_evaluator(
+    config, heldout, policy.config, tokenizer, mesh, reward=reward
+  )
   began = runs.frozen_start(policy)  # None: the model without its adapter
 
   def evaluate(params, ref, memory):

@@ -117,38 +117,27 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   first_memory = jax.device_put(
     objectives.first_memory(terms), sharding.replicated(mesh)
   )
-  evaluate_heldout = evaluate_samples = None
+  evaluate_heldout = None
   if groups['test']:
     evaluate_heldout = evaluators.make_heldout(
       sums, evaluation_plan('test'), mesh, ref_values=ref_values['test']
     )
-  how = dict(config.eval.samples)
-  if how['num_prompts'] and table.of_head(config.loss):
+  how = config.eval.samples
+  if how.num_prompts and table.of_head(config.loss):
     raise ValueError(
       'a reward model scores texts and writes none; set'
       ' eval.samples.num_prompts to 0'
     )
   prompts = sample_prompts(
-    how.pop('prompts'),
-    how.pop('num_prompts'),
+    how.prompts,
+    how.num_prompts,
     groups['test'],
     tokenizer,
     max_prompt_tokens=config.data.max_prompt_tokens,
   )
-  reward = how.pop('reward')
-  judges = reward_models.get_judges(how.pop('judges'), mesh=mesh)
-  if prompts:
-    evaluate_samples = evaluators.make_samples(
-      model_config,
-      tokenizer,
-      prompts,
-      mesh,
-      chunk=chunk,
-      key=policies.stream(config.seed, 'evaluation'),
-      reward=None if reward == 'none' else reward_models.get(reward, mesh=mesh),
-      judges=judges,
-      **how,
-    )
+  evaluate_samples = sample_evaluator(
+    config, prompts, model_config, tokenizer, mesh
+  )
 
   def evaluate(params, ref, memory):
     now = policy.variables(params)
@@ -308,6 +297,36 @@ def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
       ' eval.samples.num_prompts to 0'
     )
   return list(prompts)[:number]
+
+
+def sample_evaluator(
+  config, prompts, model_config, tokenizer, mesh, *, reward=None
+):
+  """Returns `evaluators.make_samples` of a config, None without `prompts`.
+
+  `reward` is measured where eval.samples.reward names none by being ''.
+  """
+  how = dict(config.eval.samples)
+  del how['prompts'], how['num_prompts']  # `prompts` are of them
+  name = how.pop('reward')
+  judges = reward_models.get_judges(how.pop('judges'), mesh=mesh)
+  if not prompts:
+    return None
+  if name == 'none':
+    reward = None
+  elif name or reward is None:
+    reward = reward_models.get(name, mesh=mesh)
+  return evaluators.make_samples(
+    model_config,
+    tokenizer,
+    prompts,
+    mesh,
+    chunk=head_chunk(config),
+    key=policies.stream(config.seed, 'evaluation'),
+    reward=reward,
+    judges=judges,
+    **how,
+  )
 
 
 def read_prompts(source):
