@@ -264,6 +264,28 @@ def test_a_pair_longer_than_a_row_says_what_to_change():
     )
 
 
+@pytest.mark.parametrize('multiple', [1, 8])
+def test_a_row_that_holds_one_group_alone_is_enough(multiple):
+  # 60 of 64 groups have 80 slots of a row of 105: nothing goes beside them.
+  size = lambda i: np.zeros(2 if i % 16 == 0 else 36, np.int32)
+  groups = [
+    examples.Group(size(1)[:8], (size(i), size(i)), 1.0, 1.0, str(i))
+    for i in range(64)
+  ]
+  plan = batches.training_plan(
+    groups,
+    seed=0,
+    num_steps=2,
+    batch_size=64,
+    row_length=105,
+    multiple=multiple,
+    window=None,
+  )
+  assert plan.shapes[-1].rows == -(-60 // multiple) * multiple
+  for members in plan.members:
+    assert sorted(g for row in members for g in row) == list(range(64))
+
+
 def test_no_groups_is_an_error():
   with pytest.raises(ValueError, match='no examples are left'):
     batches.evaluation_plan(

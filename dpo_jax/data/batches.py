@@ -120,11 +120,12 @@ class Plan:
     )
 
 
-def _candidates(most, longest, *, row_length, multiple):
+def _candidates(most, longest, groups, *, row_length, multiple):
   """Returns (rows, length) of shapes that may hold `most` slots, small first.
 
   Shorter rows than `row_length` are multiples of 128, the blocks of attention
-  kernels; they make steps of a size between two row counts.
+  kernels; they make steps of a size between two row counts. Rows of that length
+  go up to one for each of the `groups` of a step, which always holds them.
   """
   lengths = [row_length]
   if row_length % _LENGTH_MULTIPLE == 0:
@@ -132,6 +133,8 @@ def _candidates(most, longest, *, row_length, multiple):
   shapes = []
   for length in lengths:
     top = -(-most // (length * multiple)) + _SPARE
+    if length == row_length:
+      top = max(top, -(-groups // multiple))
     shapes += [(n * multiple, length) for n in range(1, top + 1)]
   # Of equal sizes the longest rows, which are the easiest to fill.
   return sorted(shapes, key=lambda shape: (shape[0] * shape[1], -shape[1]))
@@ -210,7 +213,11 @@ def plan_steps(groups, steps, *, row_length, multiple, window):
     )
 
   candidates = _candidates(
-    needs.max(), max(slots), row_length=row_length, multiple=multiple
+    needs.max(),
+    max(slots),
+    max(map(len, steps)),
+    row_length=row_length,
+    multiple=multiple,
   )
   shapes = _two_shapes(
     candidates, needs, lambda step, shape: packed(step, shape) is not None
