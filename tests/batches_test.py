@@ -267,11 +267,13 @@ def test_a_pair_longer_than_a_row_says_what_to_change():
 @pytest.mark.parametrize('multiple', [1, 8])
 def test_a_row_that_holds_one_group_alone_is_enough(multiple):
   # 60 of 64 groups have 80 slots of a row of 105: nothing goes beside them.
-  size = lambda i: np.zeros(2 if i % 16 == 0 else 36, np.int32)
-  groups = [
-    examples.Group(size(1)[:8], (size(i), size(i)), 1.0, 1.0, str(i))
-    for i in range(64)
-  ]
+  groups = []
+  for number in range(64):
+    response = np.zeros(2 if number % 16 == 0 else 36, np.int32)
+    prompt = np.zeros(8, np.int32)
+    groups.append(
+      examples.Group(prompt, (response, response), 1.0, 1.0, str(number))
+    )
   plan = batches.training_plan(
     groups,
     seed=0,
