@@ -10,8 +10,8 @@ BLUE, GREY = '#2f6db3', '#8a8a8a'
 _MOST_TICKS = 8  # values that are written at an axis, each
 
 
-def _axes(width, height, *, rows=1, columns=1):
-  """Returns a figure that no display needs, and its axes."""
+def axes_of(width, height, *, rows=1, columns=1):
+  """Returns a figure of so many inches that no display needs, and its axes."""
   figure = matplotlib.figure.Figure(
     figsize=(width, height), layout='constrained', dpi=150
   )
@@ -36,7 +36,7 @@ def frontier_png(points, path, *, reward='reward'):
   """
   if not points:
     raise ValueError('a frontier needs at least one point')
-  figure, (axis,) = _axes(6, 4.2)
+  figure, (axis,) = axes_of(6, 4.2)
   kls, values = [[p[k] for p in points] for k in ('kl', 'reward')]
   axis.plot(kls, values, color=BLUE, linewidth=1.5, zorder=2)
   axis.errorbar(
@@ -91,7 +91,7 @@ def curves_png(records, path, *, keys):
     raise ValueError(f'no record has any of {list(keys)}; nothing to draw')
   columns = 2 if len(seen) > 1 else 1
   rows = -(-len(seen) // columns)
-  figure, axes = _axes(
+  figure, axes = axes_of(
     4.5 * columns, 2.4 * rows + 0.3, rows=rows, columns=columns
   )
   for axis, key in zip(axes, seen):
@@ -145,7 +145,7 @@ def lines_png(panels, path, *, xlabel):
     raise ValueError('lines need at least one panel')
   columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
-  figure, axes = _axes(
+  figure, axes = axes_of(
     4.5 * columns, 3 * rows + 0.3, rows=rows, columns=columns
   )
   labels = list(

@@ -3,9 +3,9 @@
 `runs` are {method: its runs that have points}, see `imdb_results.Evaluated`.
 """
 
-import matplotlib.backends.backend_agg
-import matplotlib.figure
 import numpy as np
+
+from dpo_jax import report
 
 COLOURS = {
   'dpo': '#2f6db3',
@@ -18,22 +18,9 @@ COLOURS = {
 }
 
 
-def _axes(width, height, *, panels=1):
-  figure = matplotlib.figure.Figure(
-    figsize=(width, height), layout='constrained', dpi=150
-  )
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  axes = figure.subplots(1, panels, squeeze=False).ravel()
-  for axis in axes:
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(color='0.92')
-    axis.set_axisbelow(True)
-  return figure, axes
-
-
 def frontier_png(runs, curve, path):
   """Draws all points with bars of two standard errors, and Eq. 4's curve."""
-  figure, (axis,) = _axes(7, 5)
+  figure, (axis,) = report.axes_of(7, 5)
   for method, colour in COLOURS.items():
     points = [p for x in runs.get(method, []) for p in x.points]
     if points:
@@ -63,7 +50,7 @@ def frontier_png(runs, curve, path):
 def curves_png(runs, path):
   """Draws reward, KL, length and distinct-2 over the steps."""
   shown = ('reward', 'kl', 'length', 'distinct_2')
-  figure, axes = _axes(15, 3.6, panels=len(shown))
+  figure, axes = report.axes_of(15, 3.6, columns=len(shown))
   for axis, name in zip(axes, shown):
     for method, colour in COLOURS.items():
       for n, x in enumerate(runs.get(method, [])):
@@ -82,7 +69,7 @@ def curves_png(runs, path):
 
 def best_of_png(curve, path):
   """Draws reward over N, and the KL with its bound."""
-  figure, axes = _axes(8, 3.6, panels=2)
+  figure, axes = report.axes_of(8, 3.6, columns=2)
   numbers = [x['n'] for x in curve]
   axes[0].errorbar(
     numbers,
@@ -104,7 +91,7 @@ def best_of_png(curve, path):
 
 def temperature_png(rows, path):
   """Draws win rates against the reviews' continuations, with intervals."""
-  figure, (axis,) = _axes(5.5, 3.8)
+  figure, (axis,) = report.axes_of(5.5, 3.8)
   for policy in dict.fromkeys(row['policy'] for row in rows):
     own = [row for row in rows if row['policy'] == policy]
     rates = np.array([row['win_rate'] for row in own])
