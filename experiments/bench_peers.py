@@ -210,6 +210,25 @@ def check_losses(results, *, agree=AGREE['float32']):
       )
 
 
+def spread(values, digits=2):
+  """Returns minimum / median / maximum as text."""
+  cells = np.min(values), np.median(values), np.max(values)
+  return ' / '.join(f'{cell:,.{digits}f}' for cell in cells)
+
+
+def parse_sides(texts, known):
+  """Returns (name, python) of each NAME=PYTHON, or exits."""
+  sides = []
+  for text in texts:
+    name, _, python = text.partition('=')
+    if name not in known or not python:
+      raise SystemExit(
+        f'--side {text!r}: give NAME=PYTHON, with a name of {", ".join(known)}'
+      )
+    sides.append((name, python))
+  return sides
+
+
 def table(results, *, pairs, tokens, clock='process'):
   """Returns the table; the first side is the one that others are held to.
 
@@ -225,10 +244,6 @@ def table(results, *, pairs, tokens, clock='process'):
   names = list(results)
   first = np.array(getattr(results[names[0]], clock))
   memory = results[names[0]].peak_memory
-
-  def spread(values, digits=2):
-    cells = np.min(values), np.median(values), np.max(values)
-    return ' / '.join(f'{cell:,.{digits}f}' for cell in cells)
 
   lines = [
     f'| side | {clock} s a step | pairs/s | real tokens/s | peak GiB |'
@@ -289,16 +304,10 @@ def main():
   add('--core', default='0', help='or cores, that all sides run on')
   add('--platform', choices=('cpu', 'gpu'), default='cpu')
   options = parser.parse_args()
-  sides = [('ours', sys.executable)]
-  for text in options.side:
-    name, _, python = text.partition('=')
-    if name not in SIDES or not python:
-      raise SystemExit(
-        f'--side {text!r}: give NAME=PYTHON, with a name of {", ".join(SIDES)}'
-      )
+  sides = [('ours', sys.executable), *parse_sides(options.side, SIDES)]
+  for name, _ in sides[1:]:
     if options.platform == 'gpu' and name != 'trl_trainer':
       raise SystemExit(f'--side {name}: on a GPU there is trl_trainer alone')
-    sides.append((name, python))
   model_config = bench_step.model_shape(options.shape)
   groups = bench_step.load_groups(options, model_config)
   with tempfile.TemporaryDirectory() as name:

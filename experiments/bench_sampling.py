@@ -78,11 +78,7 @@ def check_greedy(folder, names):
 def table(seconds, tokens):
   """Returns the table; `seconds` is {side: of each turn}."""
   first = np.array(next(iter(seconds.values())))
-
-  def spread(values, digits):
-    cells = np.min(values), np.median(values), np.max(values)
-    return ' / '.join(f'{cell:,.{digits}f}' for cell in cells)
-
+  spread = bench_peers.spread
   lines = [
     '| side | seconds | tokens/s | time over ours |',
     '|---|---|---|---|',
@@ -112,14 +108,10 @@ def main():
   add('--side', nargs='*', action='extend', default=[], help='NAME=PYTHON')
   options = parser.parse_args()
   options.micro = options.batch_size
-  sides = [('sampler', sys.executable)]
-  for text in options.side:
-    name, _, python = text.partition('=')
-    if name not in SIDES or not python:
-      raise SystemExit(
-        f'--side {text!r}: give NAME=PYTHON, with a name of {", ".join(SIDES)}'
-      )
-    sides.append((name, python))
+  sides = [
+    ('sampler', sys.executable),
+    *bench_peers.parse_sides(options.side, SIDES),
+  ]
   names = [name for name, _ in sides]
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
