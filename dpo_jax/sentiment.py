@@ -51,9 +51,14 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 # --- Features ---
 
 
+def without_breaks(text: str) -> str:
+  """Returns a text with spaces for its HTML line breaks."""
+  return _BREAK.sub(' ', text)
+
+
 def cleaned(text: str) -> str:
   """Returns a text in lower case, without HTML line breaks."""
-  return _BREAK.sub(' ', text).lower()
+  return without_breaks(text).lower()
 
 
 def _words(text: str) -> np.ndarray:

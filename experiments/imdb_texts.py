@@ -5,7 +5,6 @@
 
 import itertools
 import json
-import re
 
 import numpy as np
 import tokenizers
@@ -31,7 +30,6 @@ from dpo_jax.models import transformer
 from experiments import imdb_results
 
 EOS = '<|endoftext|>'
-_BREAK = re.compile(r'<br\s*/?>', re.IGNORECASE)
 
 
 # --- Reviews, base model, prompts ---------------------------------------------
@@ -51,7 +49,7 @@ def read_reviews(source):
   )
   return {
     split: [
-      (' '.join(_BREAK.sub(' ', row['text']).split()), row['label'])
+      (' '.join(sentiment.without_breaks(row['text']).split()), row['label'])
       for row in rows
     ]
     for split, rows in reviews.splits.items()
