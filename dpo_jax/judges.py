@@ -79,12 +79,19 @@ def win_rate(judge, prompts, a, b):
   low, high = wilson(mean, count)
   return {
     'win_rate': mean,
-    'win_rate_se': float(wins.std(ddof=1) / count**0.5) if count > 1 else 0.0,
+    'win_rate_se': standard_error(wins),
     'low': low,
     'high': high,
     'consistent': float(np.mean((forth > 0.5) == (back > 0.5))),
     'wins': wins,
   }
+
+
+def standard_error(values):
+  """Returns the standard error of a mean of independent values; 0 of one."""
+  if len(values) < 2:
+    return 0.0
+  return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def wilson(share, count, *, z=1.959964):

@@ -36,6 +36,7 @@ import math
 import numpy as np
 
 from dpo_jax import frontiers
+from dpo_jax import judges
 from dpo_jax import metrics
 from dpo_jax import reweighting
 from dpo_jax import workdirs
@@ -221,19 +222,12 @@ def best_of_curve(learned_NS, rewards_NS, numbers):
       {
         'n': n,
         'reward': float(by_prompt.mean()),
-        'reward_se': standard_error(by_prompt),
+        'reward_se': judges.standard_error(by_prompt),
         'kl': float(reweighting.best_of_kl(n, learned_NS).mean()),
         'bound': reweighting.best_of_kl_bound(n),
       }
     )
   return out
-
-
-def standard_error(values):
-  """Returns the standard error of a mean, 0 of one value."""
-  if len(values) < 2:
-    return 0.0
-  return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def gate_a2(curve):
