@@ -82,7 +82,7 @@ class Scale:
   prefixes: int  # prompts whose completions are compared, at most
   test_prompts: int
   runs: tuple  # those without --all
-  settings: dict  # method, or 'all', 'sft', 'reward_model' -> {key: value}
+  settings: dict  # of FAMILIES or a method, which goes last -> {key: value}
   best_of_prompts: int  # of the test prompts
   temperature_prompts: int
   prompt_tokens: tuple = (2, 8)
@@ -103,6 +103,10 @@ class Scale:
     """The fields that a workdir keeps to, as JSON has them."""
     return {name: getattr(self, name) for name in DATA}
 
+
+# What settings are for: everything, SFT, the learned reward, the methods that
+# learn from pairs, and those that learn from their own samples.
+FAMILIES = ('all', 'sft', 'reward_model', 'offline', 'ppo_all')
 
 DATA = (
   'model',
@@ -210,12 +214,8 @@ SCALES = {
       'all': {'peak_tflops': 1.0, 'log_every': 1},
       'sft': _TINY,
       'reward_model': _TINY,
-      'dpo': _TINY,
-      'unlikelihood': _TINY,
-      'preferred_ft': _TINY,
-      'ppo': _TINY_PPO,
-      'ppo_gt_ours': _TINY_PPO,
-      'ppo_gt_trl': _TINY_PPO,
+      'offline': _TINY,
+      'ppo_all': _TINY_PPO,
     },
   ),
   # Hours on two CPU cores: a small decoder that has read nothing but reviews.
@@ -240,13 +240,10 @@ SCALES = {
         **_every(200),
       },
       'reward_model': _S | _warm(3e-4, 20),
-      'dpo': _S,
-      'unlikelihood': _S,
-      'preferred_ft': _S,
-      'ppo': _S_PPO,
-      'ppo_gt_ours': _S_PPO,
+      'offline': _S,
+      'ppo_all': _S_PPO,
       # An update of one sample would take most of the hours.
-      'ppo_gt_trl': _S_PPO | {'batch_size': 8},
+      'ppo_gt_trl': {'batch_size': 8},
     },
   ),
   # SmolLM2-135M on one GPU.
@@ -265,12 +262,9 @@ SCALES = {
       'all': {},
       'sft': {'batch_size': 64, **_warm(2e-5, 50), **_every(100)},
       'reward_model': _M | {'epochs': 3.0},
-      'dpo': _M,
-      'unlikelihood': _M,
-      'preferred_ft': _M,
-      'ppo': _M_PPO,
-      'ppo_gt_ours': _M_PPO,
-      'ppo_gt_trl': _M_PPO | {'rollout.size': 256, 'batch_size': 16},
+      'offline': _M,
+      'ppo_all': _M_PPO,
+      'ppo_gt_trl': {'rollout.size': 256, 'batch_size': 16},
     },
   ),
   # The paper's, on the eight chips of a v5e-8; docs/scaling.md has its step.
@@ -289,13 +283,10 @@ SCALES = {
       'all': {'mesh.data': 4, 'mesh.fsdp': 2, 'model.remat': 'dots'},
       'sft': {'batch_size': 64, **_warm(1e-5, 50), **_every(100)},
       'reward_model': _PAPER | {'epochs': 3.0},
-      'dpo': _PAPER,
-      'unlikelihood': _PAPER,
-      'preferred_ft': _PAPER,
-      'ppo': _PAPER_PPO,
-      'ppo_gt_ours': _PAPER_PPO,
+      'offline': _PAPER,
+      'ppo_all': _PAPER_PPO,
       # TRL's minibatch of one sample, on each chip.
-      'ppo_gt_trl': _PAPER_PPO | {'batch_size': 8},
+      'ppo_gt_trl': {'batch_size': 8},
     },
   ),
 }
@@ -370,7 +361,7 @@ def sft_config(scale, paths):
   return _set(
     config,
     scale,
-    'sft',
+    ('sft',),
     _model(scale, paths)
     | {
       'seed': scale.seed,
@@ -394,7 +385,7 @@ def reward_model_config(scale, paths):
   return _set(
     config,
     scale,
-    'reward_model',
+    ('reward_model',),
     _model(scale, paths)
     | _pairs(scale, paths)
     | {
@@ -436,7 +427,9 @@ def run_config(run, scale, paths):
     config = _offline(method.loss, 'rmsprop')
     measured |= _pairs(scale, paths)
   value = run.seed if method.key == 'seed' else run.value
-  return _set(config, scale, run.method, measured | {method.key: value})
+  family = 'ppo_all' if is_ppo(run) else 'offline'
+  measured[method.key] = value
+  return _set(config, scale, (family, run.method), measured)
 
 
 def is_ppo(run):
@@ -479,16 +472,17 @@ def _row_length(longest):
   return 4 * longest
 
 
-def _set(config, scale, method, values):
+def _set(config, scale, families, values):
   """Sets keys by their dotted names; what the scale says goes last."""
   everywhere = {
     name: value
     for name, value in scale.settings['all'].items()
     if _has(config, name)  # PPO has no peak_tflops
   }
-  config.update_from_flattened_dict(
-    values | everywhere | scale.settings[method]
-  )
+  values = values | everywhere
+  for name in families:
+    values |= scale.settings.get(name, {})
+  config.update_from_flattened_dict(values)
   return config
 
 

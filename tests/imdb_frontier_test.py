@@ -247,6 +247,12 @@ def keys_of(values, prefix=''):
       yield f'{prefix}{name}'
 
 
+def value_of(config, key):
+  for part in key.split('.'):
+    config = config[part]
+  return config
+
+
 @pytest.mark.parametrize('name', imdb_scales.SCALES)
 def test_every_config_of_a_scale_has_its_settings(name, tmp_path):
   scale, paths = imdb_scales.SCALES[name], imdb_scales.Paths(tmp_path)
@@ -255,20 +261,21 @@ def test_every_config_of_a_scale_has_its_settings(name, tmp_path):
     'reward_model': imdb_scales.reward_model_config(scale, paths),
   }
   runs = {*scale.runs, *imdb_scales.FULL}
+  known = {*imdb_scales.FAMILIES, *imdb_scales.METHODS}
+  assert scale.settings.keys() <= known
   for run in map(imdb_scales.parse, runs):
     configs[run.name] = imdb_scales.run_config(run, scale, paths)
     method = imdb_scales.METHODS[run.method]
     flat = settings.Settings(configs[run.name].to_dict())
-    found = flat
-    for part in method.key.split('.'):
-      found = found[part]
-    assert found == run.value
+    assert value_of(flat, method.key) == run.value
     assert flat.seed == (
       run.value if run.method == 'preferred_ft' else run.seed
     )
-    scale_says = scale.settings[run.method]
+    family = 'ppo_all' if method.preset else 'offline'
+    said = scale.settings[family] | scale.settings.get(run.method, {})
     flat = configs[run.name].to_dict()
-    assert scale_says.keys() <= set(keys_of(flat))
+    assert said.keys() <= set(keys_of(flat))
+    assert all(value_of(flat, key) == value for key, value in said.items())
   for config in configs.values():
     assert config.checkpoint.every == config.eval.every > 0
     assert config.model.source == (scale.source or str(paths.base))
