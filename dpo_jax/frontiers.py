@@ -3,7 +3,13 @@
 A checkpoint is what evaluation measured of it, by prompt: {'kl': [N],
 'reward': [N]}, means over the prompt's samples. All checkpoints that are
 compared have the same prompts in the same order, which are resampled together:
-a bootstrap over prompts, paired (METHODS of arXiv:2305.18290 have neither).
+a bootstrap over prompts, paired.
+
+Between points a frontier is their least concave envelope, which can be reached:
+whoever draws one of two policies at random gets the mean of their rewards, and
+the KL of that mixture is at most the mean of theirs, because KL is convex. So
+it matters little how often a run was measured, which decides the area under
+steps: the first point after the start alone is worth its KL times its reward.
 
 Dimension key: C checkpoints, N prompts.
 """
@@ -31,21 +37,41 @@ def dominated(ours, theirs):
   return ((other_rewards > rewards) & (other_kls < kls)).any(1)
 
 
-def area(kls, rewards, *, limit):
-  """Returns the mean, over KLs in [0, limit], of the best reward within a KL.
+def envelope(kls, rewards):
+  """Returns the corners (kls, rewards) of the least concave, rising envelope.
 
-  At a KL below that of all points it is the reward of the point with the least,
-  which the start of training, of KL 0, makes no assumption. A step function:
-  nothing is drawn between points.
+  It begins at KL 0, with the reward of the point of least KL, and stays at the
+  highest reward after the last corner.
   """
-  order = np.argsort(kls, kind='stable')
-  kls, best = np.asarray(kls)[order], np.asarray(rewards)[order]
-  best = np.maximum.accumulate(best)
-  inside = kls < limit
-  if not inside.any():
-    return float(best[0])
-  edges = np.concatenate([[0.0], kls[inside][1:], [limit]])
-  return float(np.sum(np.diff(edges) * best[inside]) / limit)
+  order = np.lexsort((-np.asarray(rewards), kls))
+  points = [(float(kls[n]), float(rewards[n])) for n in order]
+  corners = [(0.0, points[0][1])]
+  for kl, reward in points:
+    if reward <= corners[-1][1]:
+      continue
+    while len(corners) > 1:
+      (kl_a, a), (kl_b, b) = corners[-2:]
+      if (b - a) * (kl - kl_b) > (reward - b) * (kl_b - kl_a):
+        break  # the slope falls here
+      corners.pop()
+    corners.append((kl, reward))
+  return tuple(np.array(column) for column in zip(*corners))
+
+
+def best_within(kl, corners):
+  """Returns the reward of an `envelope` at a KL, or at many."""
+  return np.interp(kl, *corners)
+
+
+def area(kls, rewards, *, limit):
+  """Returns the mean, over KLs in [0, limit], of the envelope of points."""
+  corner_kls, corner_rewards = envelope(kls, rewards)
+  inside = corner_kls < limit
+  edges = np.append(corner_kls[inside], limit)
+  heights = np.append(
+    corner_rewards[inside], best_within(limit, (corner_kls, corner_rewards))
+  )
+  return float(np.trapezoid(heights, edges) / limit)
 
 
 def compare_areas(ours, theirs, *, limit, resamples=10_000, seed=0):
@@ -61,7 +87,9 @@ def compare_areas(ours, theirs, *, limit, resamples=10_000, seed=0):
   Returns:
     {'ours', 'theirs', 'difference', 'low', 'high', 'p'}: areas, an interval of
     95 % (percentiles), and the share of resamples in which ours is not larger,
-    a one-sided p-value; it is at least 1 / (resamples + 1).
+    a one-sided p-value; it is at least 1 / (resamples + 1). Prompts alone are
+    resampled: seeds and the noise of a best point of many are not in it, so
+    both sides should have about as many checkpoints.
   """
   sides = [
     {name: np.array([c[name] for c in side]) for name in ('kl', 'reward')}

@@ -18,19 +18,41 @@ def test_one_dominates_another_with_more_reward_and_less_kl():
   ]
 
 
-def test_the_area_is_that_under_the_steps():
-  # best reward: .2 up to KL 1, .6 up to 3 (.5 at 2 is no better), .8 up to 4
+def test_the_envelope_is_concave_and_rises():
+  # (2, .5) is below the line from (1, .6) to (3, .8); (3.5, .1) is below all.
+  kls, rewards = [3.0, 0.0, 1.0, 2.0, 3.5], [0.8, 0.2, 0.6, 0.5, 0.1]
+  corners = frontiers.envelope(kls, rewards)
+  np.testing.assert_array_equal(corners, [[0.0, 1.0, 3.0], [0.2, 0.6, 0.8]])
+  # A later, higher point takes corners away; what is right of all stays level.
+  corners = frontiers.envelope([*kls, 4.0], [*rewards, 1.9])
+  np.testing.assert_array_equal(corners, [[0.0, 4.0], [0.2, 1.9]])
+  assert frontiers.best_within([2.0, 9.0], corners).tolist() == [1.05, 1.9]
+  # Of two points of one KL the better counts, and nothing is known before it.
+  corners = frontiers.envelope([2.0, 2.0], [0.3, 0.4])
+  np.testing.assert_array_equal(corners, [[0.0], [0.4]])
+
+
+def test_the_area_is_that_under_the_envelope():
   kls, rewards = [3.0, 0.0, 1.0, 2.0], [0.8, 0.2, 0.6, 0.5]
-  expected = (1 * 0.2 + 2 * 0.6 + 1 * 0.8) / 4
+  expected = (1 * 0.4 + 2 * 0.7 + 1 * 0.8) / 4
   assert frontiers.area(kls, rewards, limit=4.0) == pytest.approx(expected)
-  # What lies beyond the limit does not count.
+  # What lies beyond the limit counts by the line that leads there.
   assert frontiers.area(kls, rewards, limit=2.0) == pytest.approx(
-    (1 * 0.2 + 1 * 0.6) / 2
+    (1 * 0.4 + 1 * 0.65) / 2
   )
-  # Points of more KL and less reward change nothing.
-  assert frontiers.area(
-    kls + [3.5], rewards + [0.1], limit=4.0
-  ) == pytest.approx(expected)
+
+
+def test_an_area_hardly_depends_on_how_often_a_run_was_measured():
+  areas, steps = [], []
+  for number in (6, 26):
+    kls = np.linspace(0.0, 11.0, number)
+    rewards = 1 - np.exp(-kls / 4)
+    areas.append(frontiers.area(kls, rewards, limit=12.0))
+    steps.append((np.diff(kls, append=12.0) * rewards).sum() / 12)
+  assert steps[1] - steps[0] > 0.06  # as much as methods differ by
+  assert 0.0 < areas[1] - areas[0] < 0.01
+  fine = np.linspace(0.0, 12.0, 10_001)
+  assert np.mean(1 - np.exp(-fine / 4)) - areas[1] < 0.001
 
 
 PROMPTS = np.random.default_rng(0).standard_normal(200)
