@@ -126,6 +126,17 @@ def leaves(directory, item, *, which=NEWEST):
   return ()
 
 
+def step_of(directory, which):
+  """Returns the step of the checkpoint that `which` means, see `restore`."""
+  directory = pathlib.Path(directory).absolute()
+  candidates = steps(directory)[::-1]
+  if not candidates:
+    raise ValueError(f'{str(directory)!r} holds no finished checkpoint')
+  if which == NEWEST:
+    return candidates[0]
+  return _chosen(directory, candidates, which)
+
+
 def _chosen(directory, candidates, which):
   """Returns the step that `which` means."""
   if which == BEST:

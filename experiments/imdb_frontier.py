@@ -21,8 +21,9 @@ arXiv:2305.18290; section 6.1, appendix C.1). Stages, in their order:
 
 What is there is not made again, and a stage appears whole or goes on where it
 was killed; so the same command goes on after anything. --only=NAME,... makes
-some stages or runs, and what they need; --all makes all 22 runs; --list shows
-what there is. A workdir belongs to one scale and one source.
+some stages or runs, and what they need; --all makes the paper's 22 runs too;
+--list shows what there is. A workdir belongs to one scale and one source. Two
+commands may make different runs in it at the same time, each on some cores.
 """
 
 import argparse
@@ -38,7 +39,6 @@ from collections.abc import Callable
 import numpy as np
 
 from dpo_jax import fetch
-from dpo_jax import metrics
 from dpo_jax import names
 from dpo_jax import ppo
 from dpo_jax import processes
@@ -46,6 +46,7 @@ from dpo_jax import sentiment
 from dpo_jax import settings
 from dpo_jax import train
 from dpo_jax import workdirs
+from experiments import imdb_gates
 from experiments import imdb_results
 from experiments import imdb_scales
 from experiments import imdb_texts
@@ -71,11 +72,11 @@ class Stage:
 # --- Training -----------------------------------------------------------------
 
 
-def finish_run(loop, config, folder, *, may_diverge=False):
+def finish_run(loop, config, folder, *, said=None, may_diverge=False):
   """Trains in a folder, or goes on there; marks it as finished.
 
-  Where it `may_diverge`, numbers that are not finite end it, and the mark says
-  so.
+  The mark has what was `said` of the run. Where it `may_diverge`, numbers that
+  are not finite end it, and the mark says so.
   """
   stopped = ''
   try:
@@ -86,17 +87,19 @@ def finish_run(loop, config, folder, *, may_diverge=False):
     stopped = str(error)
     print(f'{folder.name} ends here: {stopped}')
   workdirs.write(
-    str(folder / imdb_results.FINISHED), json.dumps({'stopped': stopped})
+    str(folder / imdb_results.FINISHED),
+    json.dumps({'stopped': stopped, 'settings': said or {}}),
   )
 
 
 def make_run(run, scale, paths):
-  """Trains a run of a scale."""
+  """Trains a run of a scale; one that diverges is a result as any other."""
   finish_run(
     ppo.run if imdb_scales.is_ppo(run) else train.train,
     imdb_scales.run_config(run, scale, paths),
     paths.runs / run.name,
-    may_diverge=run.method == 'unlikelihood',  # it has no minimum
+    said=imdb_scales.settings_of(run, scale),
+    may_diverge=True,
   )
 
 
@@ -104,7 +107,7 @@ def make_reward_model(scale, paths):
   """Trains the learned reward, and tells its accuracy."""
   config = imdb_scales.reward_model_config(scale, paths)
   finish_run(train.train, config, paths.reward_model)
-  gate = imdb_results.gate_a15(metrics.read(paths.reward_model))
+  gate = imdb_gates.a15(*imdb_results.read_reward_model(paths.reward_model))
   print(f'reward model: {gate["text"]}')
 
 
@@ -193,10 +196,11 @@ def make_stages(scale, paths, source, runs):
       paths.best_of_n,
       lambda: imdb_texts.write_best_of_n(scale, paths),
     ),
-    stage(
+    Stage(
+      'temperature',
       'temperature',
       tuple(compared),
-      paths.temperature,
+      lambda: imdb_texts.temperature_is_current(paths),
       lambda: imdb_texts.write_temperature(scale, paths),
     ),
     Stage(
@@ -254,6 +258,7 @@ def run(scale, paths, source, *, runs, only):
   if only:
     stages = needed(stages, only)
   claim(scale, paths, source)
+  check_settings(scale, paths, runs)
   with processes.heed_sigterm():
     for number, stage in enumerate(stages, start=1):
       if stage.done():
@@ -268,7 +273,9 @@ def run(scale, paths, source, *, runs, only):
       )
       start = time.perf_counter()
       try:
-        stage.make()
+        # Others may make other stages of this workdir at the same time.
+        with workdirs.held(str(paths.making / stage.name)):
+          stage.make()
       finally:  # what a stage took before it was stopped counts too
         times = read_times(paths)
         before = times.get(stage.name, {'seconds': 0.0})['seconds']
@@ -317,6 +324,24 @@ def claim(scale, paths, source):
     workdirs.write(str(path), json.dumps(now, indent=1))
 
 
+def check_settings(scale, paths, runs):
+  """Refuses finished runs of other settings than the scale has now."""
+  for run in map(imdb_scales.parse, runs):
+    path = paths.runs / run.name / imdb_results.FINISHED
+    said = json.loads(path.read_text()).get('settings') if path.exists() else {}
+    now = json.loads(json.dumps(imdb_scales.settings_of(run, scale)))
+    changed = [
+      f'{name}: {said.get(name)!r} -> {now.get(name)!r}'
+      for name in sorted({*(said or {}), *now})
+      if said and said.get(name) != now.get(name)
+    ]
+    if changed:
+      raise ValueError(
+        f'{path.parent} was made with other settings ({", ".join(changed)});'
+        ' remove it, and it will be made again, or use another --workdir'
+      )
+
+
 def main(arguments=None):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -326,7 +351,7 @@ def main(arguments=None):
   add('--source', default='official', help='of the reviews, or a folder')
   add('--workdir', required=True)
   add('--only', default='', help='stages and runs, with commas between')
-  add('--all', action='store_true', help='all 22 runs')
+  add('--all', action='store_true', help="the paper's 22 runs too")
   add('--traceback', action='store_true', help='show where an error arose')
   add('--list', action='store_true', help='show stages, make nothing')
   options = parser.parse_args(arguments)

@@ -19,7 +19,10 @@ COLOURS = {
 
 
 def frontier_png(runs, curve, path):
-  """Draws all points with bars of two standard errors, and Eq. 4's curve."""
+  """Draws all points with bars of two standard errors, and Eq. 4's curve.
+
+  runs: see above. curve: (KLs, rewards) of `imdb_gates.tilted_curve`.
+  """
   figure, (axis,) = report.axes_of(7, 5)
   for method, colour in COLOURS.items():
     points = [p for x in runs.get(method, []) for p in x.points]
@@ -38,7 +41,7 @@ def frontier_png(runs, curve, path):
         label=method,
       )
   if curve[0]:
-    axis.plot(*curve, color='black', linewidth=1, label='Eq. 4, by weights')
+    axis.plot(*curve, color='black', linewidth=1, label='Eq. 4, from below')
   axis.set_xlim(-0.3, 20.0)
   axis.set_xlabel('sequence KL to the SFT model (nats)')
   axis.set_ylabel('P(positive)')

@@ -1,52 +1,36 @@
-"""Controlled sentiment: from what was measured to tables, gates and pictures.
+"""Controlled sentiment: from what was measured to tables and pictures.
 
   points.csv        every evaluation of every run: a point of the figure
   runs.csv          a line a run: its best point and its last one
-  frontier.png      reward against KL, with Eq. 4 on samples as the curve that
-                    no policy of the same KL is above
+  frontier.png      reward against KL, with an estimate of Eq. 4, the most that
+                    a policy of that KL can have, from below
   curves.png        over the steps
   best_of_n.png     reward of the best of N by the learned reward
   temperature.png   win rates over temperatures
-  results.json, results.md    the gates, with their numbers
+  results.json, results.md    the gates of `imdb_gates`, with their numbers
 
-The gates are those of figure 2 and figure 4 of arXiv:2305.18290, as criteria
-that can fail:
-
-  A1   80 % of PPO's checkpoints after the first (learned reward) have less
-       reward at more KL than some checkpoint of DPO; DPO's area under reward
-       against KL, 0 to 12 nats, is larger with p < .05, by resampling prompts;
-       no unlikelihood or Preferred-FT is above DPO at its KL. Void where PPO
-       does not rise by .2 above the SFT model
-  A2   the best of N rises up to N = 64; from 64 to 128 it gains less than a
-       quarter of what it gains from 1 to 4; its KL is within the bound
-  A3   the best DPO wins at least as often as the best PPO, and loses less from
-       its best temperature to temperature 1
-  A15  the learned reward ranks 90 % of held-out pairs as the classifier does
-
-Whatever comes out is reported as it is; a run that is not there is no part.
+Whatever comes out is reported as it is; a run that is not there is no part. The
+best point of a run is chosen and told on the same prompts; temperatures are
+asked on others.
 """
 
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import math
 
 import numpy as np
 
-from dpo_jax import frontiers
+from dpo_jax import checkpoint
 from dpo_jax import judges
 from dpo_jax import metrics
-from dpo_jax import reweighting
 from dpo_jax import workdirs
+from experiments import imdb_gates
 from experiments import imdb_pictures
 from experiments import imdb_scales
 
 FINISHED = 'finished.json'  # in a run's folder, when it is
-LIMIT = 12.0  # nats, of the areas
-CURVE = 3.0  # nats up to which self-normalized weights are drawn
-COMPETENT = 0.2  # least rise of PPO's reward over the SFT model's
 # Columns of points.csv after run, method, value, seed and step.
 _MEASURED = (
   'kl',
@@ -100,6 +84,14 @@ def read_runs(folder):
   return out
 
 
+def read_reward_model(folder):
+  """Returns (metrics of its training, step that is used), None before it is."""
+  if not (folder / FINISHED).exists():
+    return None
+  step = checkpoint.step_of(folder / 'checkpoints', checkpoint.BEST)
+  return metrics.read(folder), step
+
+
 def evaluations(records, samples):
   """Joins a run's metrics and samples: (points, checkpoints) of `Evaluated`."""
   texts = {}
@@ -137,226 +129,66 @@ def of_method(runs, method):
 def best_run(runs, method):
   """Returns the name of the run that has a method's highest mean reward.
 
-  Points before the first step are no checkpoints.
+  Points before the first step are no checkpoints. None where no run is
+  finished.
   """
   found = {
     x.run.name: max(p['reward'] for p in x.points if p['step'])
     for x in of_method(runs, method)
     if x.points[-1]['step']
   }
-  if not found:
-    raise ValueError(f'no run of {method} is finished, so none is the best')
-  return max(found, key=found.get)
+  return max(found, key=found.get) if found else None
 
 
-# --- Gates --------------------------------------------------------------------
+def compared(runs):
+  """Returns {'dpo': its best run, 'ppo': its best}; None: there is none."""
+  return {method: best_run(runs, method) for method in ('dpo', 'ppo')}
 
 
-def gate_a1(dpo, ppo, later, others, *, sft, resamples=10_000):
-  """Compares DPO's frontier with that of PPO on the learned reward.
+def sft_point(runs):
+  """Returns the means over seeds of points before the first step, {} of none.
 
-  Args:
-    dpo: checkpoints of all its runs, see `Evaluated`.
-    ppo: those of PPO on the learned reward.
-    later: those of them after the first of each run.
-    others: {method: checkpoints} that are to stay below DPO.
-    sft: mean reward of the SFT model, where all begin.
-    resamples: of the prompts.
+  There every run is the SFT model, and runs of one seed have the same samples.
   """
-  kls, values = frontiers.points(dpo)
-  beaten = frontiers.dominated(frontiers.points(later), (kls, values))
-  areas = frontiers.compare_areas(dpo, ppo, limit=LIMIT, resamples=resamples)
-  rise = float(frontiers.points(ppo)[1].max() - sft)
-  below = {}
-  for method, checkpoints in others.items():
-    at, rewards = (x.tolist() for x in frontiers.points(checkpoints))
-    best = int(np.argmax(rewards))
-    within = values[kls <= at[best]]
-    below[method] = {
-      'kl': at[best],
-      'reward': rewards[best],
-      'dpo': float(within.max()) if within.size else None,
-    }
-  parts = {
-    'dominated': float(beaten.mean()) >= 0.8,
-    'area': areas['difference'] >= 0.0 and areas['p'] < 0.05,
-    'others': all(
-      x['dpo'] is not None and x['reward'] < x['dpo'] for x in below.values()
-    ),
-  }
-  verdict = 'met' if all(parts.values()) else 'not met'
-  if rise < COMPETENT:
-    verdict = 'void'
-  text = (
-    f'{int(beaten.sum())} of {len(beaten)} PPO checkpoints'
-    f' ({100 * beaten.mean():.0f} %) are dominated; area DPO'
-    f' {areas["ours"]:.3f}, PPO {areas["theirs"]:.3f}, difference'
-    f' {areas["difference"]:+.3f} [{areas["low"]:+.3f}, {areas["high"]:+.3f}],'
-    f' p = {areas["p"]:.4f}; PPO rises {rise:+.3f} over SFT (competent from'
-    f' {COMPETENT:+.1f})'
-  )
-  for method, x in below.items():
-    dpo_there = 'has no point' if x['dpo'] is None else f'{x["dpo"]:.3f}'
-    text += (
-      f'; {method} at best {x["reward"]:.3f} at {x["kl"]:.2f} nats, DPO within'
-      f' that {dpo_there}'
-    )
+  by_seed = {x.run.seed: x.points[0] for x in runs.values() if x.points}
+  points = [point for point in by_seed.values() if not point['step']]
   return {
-    'verdict': verdict,
-    'text': text,
-    'parts': parts,
-    'dominated': float(beaten.mean()),
-    'areas': areas,
-    'rise': rise,
-    'others': below,
+    name: float(np.mean([point[name] for point in points]))
+    for name in _MEASURED
+    if points and all(name in point for point in points)
   }
 
 
-def best_of_curve(learned_NS, rewards_NS, numbers):
-  """Returns [{'n', 'reward', 'reward_se', 'kl', 'bound'}] of the best of n."""
-  rewards_NS = np.asarray(rewards_NS, float)
-  out = []
-  for n in numbers:
-    by_prompt = (reweighting.best_of(n, learned_NS) * rewards_NS).sum(1)
-    out.append(
-      {
-        'n': n,
-        'reward': float(by_prompt.mean()),
-        'reward_se': judges.standard_error(by_prompt),
-        'kl': float(reweighting.best_of_kl(n, learned_NS).mean()),
-        'bound': reweighting.best_of_kl_bound(n),
-      }
-    )
-  return out
+def gates(runs, best_of, temperature, reward_model):
+  """Returns {gate: what it says} of all that is there.
 
-
-def gate_a2(curve):
-  """Asks whether best of N rises, and then hardly any more.
-
-  `curve` is of `best_of_curve`. Scales without 1, 4, 64 and 128 have no answer.
+  reward_model: (metrics of its training, step of what is used) or None.
   """
-  values = {x['n']: x['reward'] for x in curve}
-  bounded = all(x['kl'] <= x['bound'] + 1e-9 for x in curve)
-  told = ', '.join(f'{n}: {x:.3f}' for n, x in values.items())
-  if not {1, 4, 64, 128} <= values.keys():
-    return {'verdict': 'not asked', 'text': f'reward of the best of N {told}'}
-  upto = [values[n] for n in sorted(values) if n <= 64]
-  late, early = values[128] - values[64], values[4] - values[1]
-  parts = {
-    'rises': all(a < b for a, b in itertools.pairwise(upto)),
-    'plateau': late < 0.25 * early,
-    'bound': bounded,
-  }
-  return {
-    'verdict': 'met' if all(parts.values()) else 'not met',
-    'text': f'reward of the best of N {told}; from 64 to 128 {late:+.4f}, from'
-    f' 1 to 4 {early:+.4f}; KL {"within" if bounded else "beyond"} the bound',
-    'parts': parts,
-  }
-
-
-def gate_a3(rows):
-  """Compares win rates over temperatures; `rows` are of temperature.json."""
-  rates = {
-    policy: {
-      row['temperature']: row['win_rate']
-      for row in rows
-      if row['policy'] == policy
-    }
-    for policy in ('dpo', 'ppo')
-  }
-  best = {policy: max(x.values()) for policy, x in rates.items()}
-  drop = {policy: best[policy] - rates[policy][1.0] for policy in rates}
-  parts = {
-    'wins': best['dpo'] >= best['ppo'],
-    'robust': drop['dpo'] < drop['ppo'],
-  }
-  repeated = ', '.join(
-    f'{row["policy"]} {row["distinct_2"]:.3f}'
-    for row in rows
-    if row['temperature'] == 0.0
-  )
-  return {
-    'verdict': 'met' if all(parts.values()) else 'not met',
-    'text': f'best win rate DPO {best["dpo"]:.3f}, PPO {best["ppo"]:.3f}; lost'
-    f' from there to temperature 1: DPO {drop["dpo"]:.3f}, PPO'
-    f' {drop["ppo"]:.3f}; distinct-2 at temperature 0: {repeated}',
-    'parts': parts,
-  }
-
-
-def gate_a15(records):
-  """Asks how many held-out pairs the learned reward ranks rightly, at best."""
-  name = 'heldout/rewards/accuracy'
-  best = max((r for r in records if name in r), key=lambda r: r[name])
-  return {
-    'verdict': 'met' if best[name] >= 0.9 else 'not met',
-    'text': f'accuracy {best[name]:.3f} ± {best[f"{name}_se"]:.3f} on'
-    f' {best["heldout/groups"]:.0f} held-out pairs, at step {best["step"]}',
-  }
-
-
-def gates(runs, best_of, temperature, reward_model, *, sft):
-  """Returns {gate: what it says} of all that is there."""
   out = {}
-  dpo, ppo = (of_method(runs, method) for method in ('dpo', 'ppo'))
-  later = [c for x in ppo for c in after_first(x)]
-  if dpo and later:
-    others = {
-      method: [c for x in found for c in x.checkpoints]
-      for method in ('unlikelihood', 'preferred_ft')
-      if (found := of_method(runs, method))
-    }
-    ours = [c for x in dpo for c in x.checkpoints]
-    theirs = [c for x in ppo for c in x.checkpoints]
-    out['A1'] = gate_a1(ours, theirs, later, others, sft=sft)
+  found = {m: of_method(runs, m) for m in imdb_scales.METHODS}
+  if found['dpo'] and imdb_gates.checkpoints(found['ppo'], first=False):
+    out['A1'] = imdb_gates.a1(found, sft=sft_point(runs)['reward'])
   if best_of:
-    out['A2'] = gate_a2(best_of)
+    out['A2'] = imdb_gates.a2(best_of)
   if temperature:
-    out['A3'] = gate_a3(temperature)
+    out['A3'] = imdb_gates.a3(temperature)
   if reward_model:
-    out['A15'] = gate_a15(reward_model)
+    out['A15'] = imdb_gates.a15(*reward_model)
   return out
-
-
-def after_first(evaluated):
-  """Returns the checkpoints of a run but for that before its first step."""
-  return [
-    checkpoint
-    for point, checkpoint in zip(evaluated.points, evaluated.checkpoints)
-    if point['step']
-  ]
-
-
-# --- Eq. 4 --------------------------------------------------------------------
-
-
-def tilted_curve(rewards_NS):
-  """Returns (KLs, rewards) of Eq. 4's policies, made of samples by weights.
-
-  Up to `CURVE` nats: beyond, a few of a prompt's samples have all the weight.
-  """
-  kls, values = [], []
-  for beta in np.geomspace(100.0, 0.001, 200):
-    weights_NS = reweighting.tilted(rewards_NS, beta)
-    kl = reweighting.kl(weights_NS).mean()
-    if kl > CURVE:
-      break
-    kls.append(float(kl))
-    values.append(float((weights_NS * rewards_NS).sum(1).mean()))
-  return kls, values
 
 
 # --- Files --------------------------------------------------------------------
 
 
 def made_of(paths):
-  """Names what results are made of, of what there is now."""
+  """Returns {what results are made of: when it was made}, of what is there."""
   files = [paths.best_of_n, paths.temperature, paths.reward_model / FINISHED]
   files += paths.runs.glob(f'*/{FINISHED}')
-  return sorted(
-    str(path.relative_to(paths.root)) for path in files if path.exists()
-  )
+  return {
+    str(path.relative_to(paths.root)): path.stat().st_mtime_ns
+    for path in sorted(files)
+    if path.exists()
+  }
 
 
 def is_current(paths):
@@ -370,37 +202,41 @@ def write(scale, paths):
   """Writes all files; returns the text of results.md."""
   ingredients = made_of(paths)
   runs = read_runs(paths.runs)
-  best_of, curve, temperature, reward_model = [], ([], []), [], []
+  best_of, curve, temperature = [], ([], []), []
   if paths.best_of_n.exists():
     rows = read_lines(paths.best_of_n)
     learned_NS, rewards_NS = (
       np.array([row[name] for row in rows]) for name in ('learned', 'reward')
     )
-    best_of = best_of_curve(learned_NS, rewards_NS, scale.best_of)
-    curve = tilted_curve(rewards_NS[:, : scale.tilted])
+    best_of = imdb_gates.best_of_curve(learned_NS, rewards_NS, scale.best_of)
+    curve = imdb_gates.tilted_curve(rewards_NS[:, : scale.tilted])
     imdb_pictures.best_of_png(best_of, paths.root / 'best_of_n.png')
   if paths.temperature.exists():
     temperature = json.loads(paths.temperature.read_text())
     imdb_pictures.temperature_png(temperature, paths.root / 'temperature.png')
-  if (paths.reward_model / FINISHED).exists():
-    reward_model = metrics.read(paths.reward_model)
-  # All runs begin at the SFT model, each with samples of its own.
-  starts = [p['reward'] for x in runs.values() for p in x.points[:1]]
-  sft = float(np.mean(starts)) if starts else math.nan
-  said = gates(runs, best_of, temperature, reward_model, sft=sft)
+  said = gates(
+    runs, best_of, temperature, read_reward_model(paths.reward_model)
+  )
   by_method = {m: of_method(runs, m) for m in imdb_scales.METHODS}
   if any(by_method.values()):
     imdb_pictures.frontier_png(by_method, curve, paths.root / 'frontier.png')
     imdb_pictures.curves_png(by_method, paths.root / 'curves.png')
   workdirs.write(str(paths.root / 'points.csv'), as_csv(points_table(runs)))
   workdirs.write(str(paths.root / 'runs.csv'), as_csv(runs_table(runs)))
-  text = as_markdown(said, runs_table(runs))
+  text = '\n'.join(
+    [
+      gates_markdown(said),
+      runs_markdown(sft_point(runs), runs_table(runs)),
+      seeds_markdown(runs),
+    ]
+  )
   workdirs.write(str(paths.root / 'results.md'), text)
   numbers = {
     'made_of': ingredients,
     'gates': said,
     'best_of_n': best_of,
     'tilted': {'kl': curve[0], 'reward': curve[1]},
+    'sft': sft_point(runs),
     'runs': runs_table(runs),
   }
   workdirs.write(
@@ -439,7 +275,15 @@ def runs_table(runs):
       for title, point in (('best', best), ('last', x.points[-1])):
         row |= {
           f'{title}_{name}': point.get(name, '')
-          for name in ('step', 'kl', 'reward', 'judge', 'length', 'distinct_2')
+          for name in (
+            'step',
+            'kl',
+            'reward',
+            'reward_se',
+            'judge',
+            'length',
+            'distinct_2',
+          )
         }
     out.append(row)
   return out
@@ -458,22 +302,59 @@ def as_csv(rows):
   return out.getvalue()
 
 
-def as_markdown(said, rows):
-  """Returns gates and runs as two tables."""
+def gates_markdown(said):
+  """Returns the gates as a table."""
   lines = ['| gate | verdict | numbers |', '|---|---|---|']
   lines += [f'| {n} | {x["verdict"]} | {x["text"]} |' for n, x in said.items()]
-  lines += [
-    '',
-    '| run | best reward at KL | last reward at KL | second judge |',
+  return '\n'.join(lines) + '\n'
+
+
+def runs_markdown(sft, rows):
+  """Returns the SFT model and the rows of `runs_table` as a table."""
+  lines = [
+    '| run | best reward at KL | last reward at KL | second judge | length |'
+    ' distinct-2 |',
+    '|---|---|---|---|---|---|',
   ]
-  lines += ['|---|---|---|---|']
+  cells = ('judge', 'length', 'distinct_2')
+  if sft:
+    lines.append(
+      f'| SFT | {sft["reward"]:.3f} | {sft["reward"]:.3f} |'
+      + ''.join(f' {_number(sft.get(name))} |' for name in cells)
+    )
   for row in rows:
     if row['points']:
+      told = (
+        f'{row[f"{at}_reward"]:.3f} ± {_number(row[f"{at}_reward_se"])} at'
+        f' {row[f"{at}_kl"]:.2f}'
+        for at in ('best', 'last')
+      )
       lines.append(
-        f'| {row["run"]} | {row["best_reward"]:.3f} at {row["best_kl"]:.2f} |'
-        f' {row["last_reward"]:.3f} at {row["last_kl"]:.2f} |'
-        f' {row["last_judge"]:.3f} |'
+        f'| {row["run"]} | {" | ".join(told)} |'
+        + ''.join(f' {_number(row[f"last_{name}"])} |' for name in cells)
       )
     if row['stopped']:
-      lines.append(f'| {row["run"]} ended | {row["stopped"]} | | |')
+      lines.append(f'| {row["run"]} ended | {row["stopped"]} | | | | |')
   return '\n'.join(lines) + '\n'
+
+
+def seeds_markdown(runs):
+  """Returns the last points of runs that differ by their seeds alone."""
+  ends = {}
+  for x in runs.values():
+    if x.points:
+      ends.setdefault((x.run.method, x.run.value), []).append(x.points[-1])
+  lines = []
+  for (method, value), points in ends.items():
+    if len(points) > 1 and method != 'preferred_ft':
+      told = ', '.join(
+        f'{name} {np.mean(column):.3f} ± {judges.standard_error(column):.3f}'
+        for name in ('reward', 'kl', 'judge')
+        if (column := [p[name] for p in points if name in p])
+      )
+      lines.append(f'- {method} {value:g}, {len(points)} seeds, last: {told}')
+  return '\n'.join(lines) + '\n' if lines else ''
+
+
+def _number(value):
+  return f'{value:.3f}' if isinstance(value, float) else ''

@@ -42,6 +42,7 @@ class Paths:
     self.sft_rows = self.root / 'sft.jsonl'
     self.train_prompts = self.root / 'prompts.train.jsonl'
     self.test_prompts = self.root / 'prompts.test.jsonl'
+    self.temperature_prompts = self.root / 'prompts.temperature.jsonl'
     self.sft = self.root / 'sft'
     self.completions = self.root / 'completions.jsonl'
     self.pairs = self.root / 'pairs.jsonl'
@@ -51,6 +52,7 @@ class Paths:
     self.temperature = self.root / 'temperature.json'
     self.times = self.root / 'times.json'
     self.results = self.root / 'results.json'
+    self.making = self.root / 'making'  # locks of stages
 
   @property
   def reward(self):
@@ -84,7 +86,7 @@ class Scale:
   runs: tuple  # those without --all
   settings: dict  # of FAMILIES or a method, which goes last -> {key: value}
   best_of_prompts: int  # of the test prompts
-  temperature_prompts: int
+  temperature_prompts: int  # others, by which no checkpoint was chosen
   prompt_tokens: tuple = (2, 8)
   new_tokens: int = 60  # of a completion
   completions: int = 4  # of a prefix: six pairs
@@ -227,7 +229,8 @@ SCALES = {
     prefixes=1200,
     test_prompts=512,
     new_tokens=36,
-    best_of_prompts=128,
+    best_of_prompts=512,
+    tilted=128,
     temperature_prompts=512,
     runs=SUBSET,
     settings={
@@ -427,9 +430,17 @@ def run_config(run, scale, paths):
     config = _offline(method.loss, 'rmsprop')
     measured |= _pairs(scale, paths)
   value = run.seed if method.key == 'seed' else run.value
-  family = 'ppo_all' if is_ppo(run) else 'offline'
   measured[method.key] = value
-  return _set(config, scale, (family, run.method), measured)
+  return _set(config, scale, _families(run), measured)
+
+
+def settings_of(run, scale):
+  """Returns what a scale says of a run: {key with dots: value}."""
+  return _said(scale, ('all', *_families(run)))
+
+
+def _families(run):
+  return 'ppo_all' if is_ppo(run) else 'offline', run.method
 
 
 def is_ppo(run):
@@ -479,11 +490,17 @@ def _set(config, scale, families, values):
     for name, value in scale.settings['all'].items()
     if _has(config, name)  # PPO has no peak_tflops
   }
-  values = values | everywhere
-  for name in families:
-    values |= scale.settings.get(name, {})
-  config.update_from_flattened_dict(values)
+  config.update_from_flattened_dict(
+    values | everywhere | _said(scale, families)
+  )
   return config
+
+
+def _said(scale, families):
+  out = {}
+  for name in families:
+    out |= scale.settings.get(name, {})
+  return out
 
 
 def _has(config, name):

@@ -120,7 +120,8 @@ def write_prompts(scale, reviews, paths):
   """Writes sft.jsonl and the prompts of both sides.
 
   Test prompts are of reviews that the judge has not learned from; they differ
-  from each other and from every prompt that is trained on.
+  from each other and from every prompt that is trained on. Temperatures have
+  some of their own: by the others the best checkpoints are chosen.
   """
   tokenizer = open_tokenizer(scale, paths)
   low, high = scale.prompt_tokens
@@ -140,10 +141,11 @@ def write_prompts(scale, reviews, paths):
   unseen = [t for t, _ in reviews['test'] if sentiment.half(t) == 1]
   known = {prompt for prompt, _ in rows}
   tests = {prompt: rest for prompt, rest in cut(unseen) if prompt not in known}
-  if not rows or not tests:
+  if not rows or len(tests) <= scale.test_prompts:
     raise ValueError(
       f'{len(rows)} train and {len(tests)} test reviews have a beginning of'
-      f' {low} to {high} tokens and a rest; give all reviews as --source'
+      f' {low} to {high} tokens of their own and a rest, and more than'
+      f' {scale.test_prompts} of test are needed; give all reviews as --source'
     )
   trained = list(known)  # a set's order changes from process to process
   trained.sort()
@@ -153,13 +155,16 @@ def write_prompts(scale, reviews, paths):
   online.write_lines(
     str(paths.train_prompts), [{'prompt': p} for p in trained[: scale.prefixes]]
   )
-  online.write_lines(
-    str(paths.test_prompts),
-    [
-      {'prompt': p, 'continuation': _cut(tests[p], tokenizer, scale.new_tokens)}
-      for p in chosen[: scale.test_prompts]
-    ],
-  )
+  first, more = scale.test_prompts, scale.temperature_prompts
+  for path, part in [
+    (paths.test_prompts, chosen[:first]),
+    (paths.temperature_prompts, chosen[first : first + more]),
+  ]:
+    rests = [_cut(tests[p], tokenizer, scale.new_tokens) for p in part]
+    online.write_lines(
+      str(path),
+      [{'prompt': p, 'continuation': r} for p, r in zip(part, rests)],
+    )
   online.write_lines(
     str(paths.sft_rows),
     [{'prompt': prompt, 'response': rest} for prompt, rest in rows],
@@ -319,19 +324,28 @@ def write_best_of_n(scale, paths):
   )
 
 
+def temperature_is_current(paths):
+  """Whether temperatures were asked of the runs that are the best now."""
+  if not paths.temperature.exists():
+    return False
+  rows = json.loads(paths.temperature.read_text())
+  asked = {row['policy']: row['run'] for row in rows if row['policy'] != 'sft'}
+  return asked == imdb_results.compared(imdb_results.read_runs(paths.runs))
+
+
 def write_temperature(scale, paths):
   """Asks how often policies beat the reviews' own continuations.
 
   The best checkpoints of DPO and of PPO with the learned reward, and the SFT
   model; the classifier judges, in both orders.
   """
-  rows = imdb_results.read_lines(paths.test_prompts)
-  rows = rows[: scale.temperature_prompts]
+  rows = imdb_results.read_lines(paths.temperature_prompts)
   prompts, truths = ([r[k] for r in rows] for k in ('prompt', 'continuation'))
   runs = imdb_results.read_runs(paths.runs)
   chosen = {'sft': (paths.sft, 'newest')}
-  for method in ('dpo', 'ppo'):
-    best = imdb_results.best_run(runs, method)
+  for method, best in imdb_results.compared(runs).items():
+    if not best:
+      raise ValueError(f'no run of {method} is finished, so none is the best')
     chosen[method] = (paths.runs / best, 'best')
   judge = judges.by_reward(rewards.get(paths.reward))
   out = []

@@ -1,8 +1,11 @@
 """Controlled sentiment end to end at scale `smoke`, and its gates by hand."""
 
+import dataclasses
 import gzip
 import json
 import os
+import pathlib
+import shutil
 import signal
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 
 from dpo_jax import metrics
 from dpo_jax import settings
+from dpo_jax import workdirs
 from dpo_jax.data import tokenizers
 from experiments import imdb_frontier
 from experiments import imdb_results
@@ -57,7 +61,7 @@ def times_of(folder):
   return {
     str(path.relative_to(folder)): path.stat().st_mtime_ns
     for path in sorted(folder.rglob('*'))
-    if path.is_file()
+    if path.is_file() and path.name != 'lock'
   }
 
 
@@ -302,125 +306,7 @@ def test_the_full_sweep_is_the_paper_s_22_runs():
     assert {r.seed for r in subset if r.method == method} == {0, 1, 2}
 
 
-# --- Gates ---
-
-
-def checkpoint(kl, reward):
-  """Of two prompts around the means."""
-  return {
-    'kl': np.array([kl - 0.1, kl + 0.1]),
-    'reward': np.array([reward - 0.01, reward + 0.01]),
-  }
-
-
-def gate_a1(dpo, ppo, others, *, sft=0.5):
-  first = checkpoint(0.15, 0.5)
-  return imdb_results.gate_a1(
-    dpo, [first, *ppo], ppo, others, sft=sft, resamples=50
-  )
-
-
-def test_gate_of_the_frontier():
-  dpo = [checkpoint(*x) for x in [(0.2, 0.5), (2.0, 0.9), (5.0, 0.95)]]
-  ppo = [checkpoint(*x) for x in [(3.0, 0.7), (6.0, 0.8), (1.0, 0.55)]]
-  others = {'unlikelihood': [checkpoint(2.5, 0.6), checkpoint(7.0, 0.4)]}
-  said = gate_a1(dpo, ppo, others)
-  # (3, .7) and (6, .8) are below (2, .9); nothing is before (1, .55), and the
-  # first of a run is not asked.
-  assert said['dominated'] == pytest.approx(2 / 3)
-  # Areas to 12 nats: .5 to 2 nats, .9 to 5, .95; PPO .5, from 1 .55, from 3 .7.
-  assert said['areas']['ours'] == pytest.approx(
-    (2 * 0.5 + 3 * 0.9 + 7 * 0.95) / 12
-  )
-  assert said['areas']['theirs'] == pytest.approx(
-    (1 * 0.5 + 2 * 0.55 + 3 * 0.7 + 6 * 0.8) / 12
-  )
-  assert said['areas']['p'] == pytest.approx(1 / 51)
-  assert said['others']['unlikelihood']['dpo'] == pytest.approx(0.9)
-  assert said['rise'] == pytest.approx(0.3)
-  assert said['verdict'] == 'not met'
-  assert said['parts'] == {'dominated': False, 'area': True, 'others': True}
-  assert gate_a1(dpo, ppo[:2], others)['verdict'] == 'met'
-  void = gate_a1(dpo, ppo[:2], others, sft=0.7)
-  assert void['verdict'] == 'void'  # PPO rises by .1
-  above = {'preferred_ft': [checkpoint(0.1, 0.52)]}
-  assert gate_a1(dpo, ppo[:2], above)['parts']['others'] is False
-
-
-def curve(values):
-  return [
-    {'n': n, 'reward': value, 'reward_se': 0.0, 'kl': 0.1, 'bound': 0.2}
-    for n, value in values.items()
-  ]
-
-
-def test_gate_of_best_of_n():
-  good = {1: 0.5, 4: 0.7, 16: 0.8, 64: 0.84, 128: 0.88}
-  assert imdb_results.gate_a2(curve(good))['verdict'] == 'met'
-  for wrong, part in [
-    (good | {128: 0.9}, 'plateau'),  # .06 is more than a quarter of .2
-    (good | {16: 0.69}, 'rises'),
-  ]:
-    said = imdb_results.gate_a2(curve(wrong))
-    assert said['verdict'] == 'not met' and not said['parts'][part]
-  beyond = curve(good)
-  beyond[2]['kl'] = 0.3
-  assert imdb_results.gate_a2(beyond)['parts']['bound'] is False
-  assert imdb_results.gate_a2(curve({1: 0.5, 2: 0.6}))['verdict'] == 'not asked'
-
-
-def test_best_of_n_is_chosen_by_one_reward_and_measured_by_another():
-  learned, measured = [[1.0, 2.0, 3.0]], [[0.9, 0.6, 0.3]]
-  one, two, three = imdb_results.best_of_curve(learned, measured, (1, 2, 3))
-  assert one['reward'] == pytest.approx(0.6)
-  # Of the three pairs two have the third sample, one the second.
-  assert two['reward'] == pytest.approx((2 * 0.3 + 0.6) / 3)
-  assert three['reward'] == pytest.approx(0.3)
-  assert one['kl'] == pytest.approx(0.0) and three['kl'] <= three['bound']
-
-
-def rows(policy, rates):
-  return [
-    {
-      'policy': policy,
-      'temperature': t,
-      'win_rate': rate,
-      'distinct_2': 0.5,
-    }
-    for t, rate in rates.items()
-  ]
-
-
-def test_gate_of_temperatures():
-  dpo = rows('dpo', {0.0: 0.7, 0.5: 0.8, 1.0: 0.75})
-  for ppo, verdict in [
-    ({0.0: 0.8, 0.5: 0.7, 1.0: 0.6}, 'met'),  # as good, but loses .2, not .05
-    ({0.0: 0.9, 0.5: 0.7, 1.0: 0.6}, 'not met'),  # wins more
-    ({0.0: 0.8, 0.5: 0.7, 1.0: 0.78}, 'not met'),  # loses less
-  ]:
-    said = imdb_results.gate_a3([*dpo, *rows('ppo', ppo)])
-    assert said['verdict'] == verdict, said
-
-
-def test_gate_of_the_reward_model_takes_its_best_checkpoint():
-  def record(step, accuracy):
-    name = 'heldout/rewards/accuracy'
-    return {'step': step, name: accuracy, f'{name}_se': 0.01} | {
-      'heldout/groups': 500.0
-    }
-
-  records = [record(0, 0.5), record(10, 0.91), record(20, 0.9), {'step': 20}]
-  said = imdb_results.gate_a15(records)
-  assert said['verdict'] == 'met' and 'at step 10' in said['text']
-  assert imdb_results.gate_a15(records[:1])['verdict'] == 'not met'
-
-
-def test_the_curve_of_eq_4_begins_with_the_samples_and_rises():
-  rng = np.random.default_rng(0)
-  kls, values = imdb_results.tilted_curve(rng.random((50, 64)))
-  assert kls[0] < 1e-4 and values[0] == pytest.approx(0.5, abs=0.02)
-  assert np.all(np.diff(values) > 0.0) and np.all(np.diff(kls) > 0.0)
-  assert 2.5 < kls[-1] <= imdb_results.CURVE
+# --- Results ---
 
 
 def test_evaluations_are_joined_by_prompt():
@@ -437,6 +323,172 @@ def test_evaluations_are_joined_by_prompt():
   points, checkpoints = imdb_results.evaluations(records, samples)
   assert points == [{'step': 0, 'kl': 0.0, 'reward': 0.4}]
   np.testing.assert_allclose(checkpoints[0]['reward'], [0.3, 0.5])
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+  """The workdir of `made`, to be changed."""
+  shutil.copytree(made[0] / 'imdb', tmp_path / 'imdb')
+  (tmp_path / 'reviews').symlink_to(made[0] / 'reviews')
+  path = tmp_path / 'imdb' / 'scale.json'
+  claimed = json.loads(path.read_text())
+  claimed['source'] = str(tmp_path / 'reviews')
+  path.write_text(json.dumps(claimed))
+  return tmp_path
+
+
+def test_the_tables_say_what_was_measured(made):
+  root = made[0] / 'imdb'
+  runs = imdb_results.read_runs(root / 'runs')
+  points = {
+    name: [r for r in metrics.read(root / 'runs' / name) if 'samples/kl' in r]
+    for name in runs
+  }
+  rows = {row['run']: row for row in imdb_results.runs_table(runs)}
+  assert (
+    rows.keys() == points.keys() == {'dpo_0.1', 'ppo_6', 'unlikelihood_0.1'}
+  )
+  for name, row in rows.items():
+    best = max(points[name], key=lambda r: r['samples/reward'])
+    assert row['best_reward'] == best['samples/reward']
+    assert row['best_kl'] == best['samples/kl']
+    assert row['last_reward_se'] == points[name][-1]['samples/reward_se']
+  start = points['dpo_0.1'][0]
+  assert imdb_results.sft_point(runs)['judge'] == start['samples/judge']
+  text = (root / 'results.md').read_text()
+  for line in (
+    f'| SFT | {start["samples/reward"]:.3f} |',
+    f'| dpo_0.1 | {rows["dpo_0.1"]["best_reward"]:.3f} ± ',
+    '| A2 | not asked | reward of the best of N 1: ',
+  ):
+    assert line in text
+
+
+def test_the_best_run_is_that_of_the_highest_trained_point():
+  def run(name, *rewards):
+    points = [{'step': n, 'reward': r} for n, r in enumerate(rewards)]
+    return imdb_results.Evaluated(imdb_scales.parse(name), points, [], '')
+
+  runs = [
+    run('dpo_0.1', 0.9, 0.5, 0.6),  # the .9 is the SFT model's
+    run('dpo_1', 0.5, 0.7, 0.4),
+    run('dpo_5', 0.8),
+    run('ppo_6', 0.5),
+  ]
+  found = {x.run.name: x for x in runs}
+  assert imdb_results.compared(found) == {'dpo': 'dpo_1', 'ppo': None}
+
+
+def test_seeds_are_told_together():
+  def run(name, reward):
+    points = [{'step': 9, 'reward': reward, 'kl': 2.0, 'judge': 0.5}]
+    return imdb_results.Evaluated(imdb_scales.parse(name), points, [], '')
+
+  runs = [run('dpo_0.1', 0.6), run('dpo_0.1_seed1', 0.8), run('ppo_6', 0.5)]
+  said = imdb_results.seeds_markdown({x.run.name: x for x in runs})
+  assert said == (
+    '- dpo 0.1, 2 seeds, last: reward 0.700 ± 0.100, kl 2.000 ± 0.000, judge'
+    ' 0.500 ± 0.000\n'
+  )
+
+
+# --- Samples of what is compared ---
+
+
+def fake_samples(calls):
+  """Samples that tell what they were asked for."""
+
+  def sample(scale, prompts, *, number, workdir, which='newest', **more):
+    del scale
+    calls.append((workdir.name, which, more.get('temperature', 1.0), number))
+    texts = [
+      f'{workdir.name} {which} {n}' for _ in prompts for n in range(number)
+    ]
+    return texts, np.arange(len(texts)) % 2 == 0
+
+  return sample
+
+
+def test_temperatures_are_asked_of_the_best_on_prompts_of_their_own(
+  copied, monkeypatch
+):
+  scale = imdb_scales.SCALES['smoke']
+  paths = imdb_scales.Paths(copied / 'imdb')
+  calls, asked = [], []
+  monkeypatch.setattr(imdb_texts, 'sample', fake_samples(calls))
+
+  def win_rate(judge, prompts, a, b):
+    del judge
+    asked.append((prompts, a, b))
+    return {'win_rate': 0.5, 'win_rate_se': 0.1, 'wins': np.zeros(len(a))}
+
+  monkeypatch.setattr(imdb_texts.judges, 'win_rate', win_rate)
+  imdb_texts.write_temperature(scale, paths)
+  assert calls == [
+    (name, which, temperature, 1)
+    for name, which in [
+      ('sft', 'newest'),
+      ('dpo_0.1', 'best'),
+      ('ppo_6', 'best'),
+    ]
+    for temperature in scale.temperatures
+  ]
+  own = imdb_results.read_lines(paths.temperature_prompts)
+  assert len(own) == scale.temperature_prompts
+  others = {r['prompt'] for r in imdb_results.read_lines(paths.test_prompts)}
+  for prompts, ours, theirs in asked:
+    assert prompts == [row['prompt'] for row in own]
+    assert not others & set(prompts)
+    assert theirs == [row['continuation'] for row in own]
+    assert all(text.split()[0] in ('sft', 'dpo_0.1', 'ppo_6') for text in ours)
+  assert imdb_texts.temperature_is_current(paths)
+  # A better run comes: it is to be asked.
+  better = paths.runs / 'dpo_1'
+  shutil.copytree(paths.runs / 'dpo_0.1', better)
+  text = (better / 'metrics.jsonl').read_text()
+  records = [json.loads(line) for line in text.splitlines()]
+  for record in records:
+    if 'samples/reward' in record:
+      record['samples/reward'] += 1.0
+  (better / 'metrics.jsonl').write_text(
+    ''.join(json.dumps(record) + '\n' for record in records)
+  )
+  assert not imdb_texts.temperature_is_current(paths)
+
+
+def test_best_of_n_is_scored_by_both_rewards(copied, monkeypatch):
+  scale = imdb_scales.SCALES['smoke']
+  paths = imdb_scales.Paths(copied / 'imdb')
+  calls = []
+  monkeypatch.setattr(imdb_texts, 'sample', fake_samples(calls))
+
+  class Reward:
+    def __init__(self, sign):
+      self.sign = sign
+
+    def __call__(self, prompts, responses):
+      del prompts
+      return [self.sign * int(text.split()[-1]) for text in responses]
+
+  monkeypatch.setattr(
+    imdb_texts.reward_models,
+    'get',
+    lambda name: Reward({paths.learned: 1, paths.reward: -1}[name]),
+  )
+  imdb_texts.write_best_of_n(scale, paths)
+  assert calls == [('sft', 'newest', 1.0, 4)]
+  rows = imdb_results.read_lines(paths.best_of_n)
+  assert len(rows) == scale.best_of_prompts
+  for row in rows:
+    assert row['learned'] == [0, 1, 2, 3] and row['reward'] == [0, -1, -2, -3]
+
+
+def test_results_of_a_run_made_anew_are_made_anew(copied):
+  paths = imdb_scales.Paths(copied / 'imdb')
+  imdb_results.write(imdb_scales.SCALES['smoke'], paths)
+  assert imdb_results.is_current(paths)
+  os.utime(paths.runs / 'dpo_0.1' / 'finished.json', ns=(1, 1))
+  assert not imdb_results.is_current(paths)
 
 
 # --- Bad input ---
@@ -479,18 +531,46 @@ def test_no_reviews_are_one_clear_line(tmp_path):
     call(tmp_path)
 
 
-def test_what_diverges_ends_its_run_and_no_other(tmp_path):
+def test_what_diverges_ends_its_run_and_no_other(tmp_path, monkeypatch):
+  scale = imdb_scales.SCALES['smoke']
+  paths = imdb_scales.Paths(tmp_path)
+
   def diverges(config, workdir):
-    assert (config.a, workdir) == (1, str(tmp_path))
+    del config
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     raise FloatingPointError('train/loss is nan at step 3')
 
-  class Config:
-    def to_dict(self):
-      return {'a': 1}
-
+  for loop in (imdb_frontier.ppo, imdb_frontier.train):
+    monkeypatch.setattr(
+      loop, 'run' if loop is imdb_frontier.ppo else 'train', diverges
+    )
+  for name in ('dpo_0.1', 'ppo_6'):
+    imdb_frontier.make_run(imdb_scales.parse(name), scale, paths)
+    mark = json.loads((paths.runs / name / 'finished.json').read_text())
+    assert mark['stopped'] == 'train/loss is nan at step 3'
+  # Nothing can go on without the learned reward.
   with pytest.raises(FloatingPointError):
-    imdb_frontier.finish_run(diverges, Config(), tmp_path)
-  assert not (tmp_path / 'finished.json').exists()
-  imdb_frontier.finish_run(diverges, Config(), tmp_path, may_diverge=True)
-  mark = json.loads((tmp_path / 'finished.json').read_text())
-  assert mark == {'stopped': 'train/loss is nan at step 3'}
+    imdb_frontier.make_reward_model(scale, paths)
+  assert not (paths.reward_model / 'finished.json').exists()
+
+
+def test_finished_runs_of_other_settings_are_not_taken(copied, monkeypatch):
+  scale = imdb_scales.SCALES['smoke']
+  other = dict(scale.settings, dpo={'optim.lr': 1.0})
+  changed = dataclasses.replace(scale, settings=other)
+  monkeypatch.setitem(imdb_scales.SCALES, 'smoke', changed)
+  with pytest.raises(
+    ValueError,
+    match=r'dpo_0.1 was made with other settings \(optim.lr: 0.001 -> 1.0\)',
+  ):
+    call(copied)
+
+
+def test_a_stage_is_made_by_one_command_at_a_time(copied):
+  paths = imdb_scales.Paths(copied / 'imdb')
+  paths.best_of_n.unlink()
+  with workdirs.held(str(paths.making / 'best_of_n')):
+    with pytest.raises(ValueError, match='in use by another run'):
+      call(copied, '--only=best_of_n')
+    call(copied, '--only=pairs')  # which is there
+  assert not paths.best_of_n.exists()
