@@ -10,8 +10,10 @@ prompts `p1 p2 p3` and `q1`, padded to four slots, two new tokens:
   row 1      -    -    -    q1 | y1   y2      lo 3
 
 Prefill and decoding are one compiled function per shape, which stops as soon
-as every row has ended. A sample depends on the key, its place in the prompt
-list and its prompt, never on the batch it was computed in (up to rounding).
+as every row has ended. On a CPU tokens after the first are decoded by layers
+taken apart once for all batches (`models/decoding`). A sample depends on the
+key, its place in the prompt list and its prompt, never on the batch it was
+computed in (up to rounding).
 
 Dimension key: B rows, N prompts, P padded prompt slots, M new tokens, D model,
 V vocabulary.
@@ -26,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import attention
+from dpo_jax.models import decoding
 from dpo_jax.models import transformer
 
 # Prompt slots are this number times a power of two: few shapes to compile, and
 # at most half of the slots of a longer prompt are padding.
-SMALLEST_PROMPT = 16
+SMALLEST_PROMPT = 8
 BLOCK = 256  # near the square root of the usual vocabularies
 
 
@@ -92,6 +95,7 @@ def generate(
     'ended': np.zeros(num, bool),
     'token_logps': np.zeros(shape, np.float32),
   }
+  variables, layers = _prepare(config, variables, apart=decoding.pays())
   order = np.argsort(lengths, kind='stable')  # neighbours share a padded length
   for start in range(0, num, batch_size):
     index = order[start : start + batch_size]
@@ -108,6 +112,7 @@ def generate(
     batch = _generate(
       config,
       variables,
+      layers,
       prompts_BP,
       starts,
       rows,
@@ -159,6 +164,13 @@ def _check(config, lengths, max_new_tokens, temperature, top_p, batch_size):
     )
 
 
+@functools.partial(jax.jit, static_argnames=('config', 'apart'))
+def _prepare(config, variables, *, apart):
+  """Returns the variables, cast, and if wanted their layers apart, or None."""
+  variables = transformer.cast(variables, config.dtype)
+  return variables, decoding.apart(config, variables) if apart else None
+
+
 @functools.partial(
   jax.jit,
   static_argnames=('config', 'max_new_tokens', 'temperature', 'top_p'),
@@ -166,6 +178,7 @@ def _check(config, lengths, max_new_tokens, temperature, top_p, batch_size):
 def _generate(
   config,
   variables,
+  layers,
   prompts_BP,
   starts,
   rows,
@@ -178,7 +191,6 @@ def _generate(
 ):
   """Prefills and decodes one batch; rows < 0 have ended before they start."""
   (B, P), M = prompts_BP.shape, max_new_tokens
-  variables = transformer.cast(variables, config.dtype)
   unembed_VD = transformer.unembedding(variables['params'])
   apply = functools.partial(transformer.Transformer(config).apply)
   row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -215,15 +227,20 @@ def _generate(
     )
     starts_B1 = starts[:, None]
     hi_B1 = jnp.broadcast_to(slot + 1, (B, 1))
-    hidden_B1D, cache = apply(
-      variables,
-      last_B1,
-      slot - starts_B1,
-      starts_B1,
-      hi_B1,
-      cache=cache,
-      cache_index=slot,
-    )
+    slots = last_B1, slot - starts_B1, starts_B1, hi_B1
+    if layers is None:
+      hidden_B1D, cache = apply(
+        variables, *slots, cache=cache, cache_index=slot
+      )
+    else:
+      hidden_B1D, cache = decoding.apply(
+        config,
+        variables['params'],
+        layers,
+        *slots,
+        caches=cache,
+        cache_index=slot,
+      )
     return sample(state, hidden_B1D[:, 0]), cache
 
   slots_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
@@ -236,6 +253,8 @@ def _generate(
     cache=transformer.init_cache(config, rows=B, slots=P + M),
     cache_index=0,
   )
+  if layers is not None:
+    cache = decoding.cache_apart(cache)
   state = {
     'step': jnp.int32(0),
     'tokens': jnp.zeros((B, M), jnp.int32),

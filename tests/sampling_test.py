@@ -10,6 +10,7 @@ import pytest
 
 from dpo_jax import attention
 from dpo_jax import sampling
+from dpo_jax.models import decoding
 from dpo_jax.models import transformer
 from tests import worlds
 
@@ -165,6 +166,15 @@ def test_a_sample_does_not_depend_on_its_batch():
   np.testing.assert_allclose(
     few.token_logps, all_at_once.token_logps, atol=1e-5
   )
+
+
+def test_layers_in_a_stack_give_the_samples_of_layers_apart(monkeypatch):
+  assert decoding.pays()  # or the other tests decode with the stack too
+  apart = sample('llama')
+  monkeypatch.setattr(decoding, 'pays', lambda: False)
+  stacked = sample('llama')
+  np.testing.assert_array_equal(stacked.tokens, apart.tokens)
+  np.testing.assert_allclose(stacked.token_logps, apart.token_logps, atol=1e-5)
 
 
 def test_a_longer_budget_only_appends():

@@ -18,7 +18,8 @@ Parameters (nested dict, layers stacked on a leading L axis):
   layers/mlp/{up,down}_bias   (mlp_bias)
   layers/post_norm1, post_norm2/...                     (post_norms)
   final_norm/scale [D]        unembed [V,D]             (not tied)
-A second variable collection may hold adapters: see `models/lora`.
+A second variable collection may hold adapters: see `models/lora`; a third one
+weights with their outputs first, for decoding on a CPU: see `models/decoding`.
 """
 
 import dataclasses
@@ -165,10 +166,17 @@ def _linear(module, name, x, ins, outs):
   """x [..., *ins] times the weight [*ins, *outs], plus its adapter's product.
 
   `ins` and `outs` map logical axes to sizes. The adapter, where the module was
-  given one, is a pair of `models/lora`.
+  given one, is a pair of `models/lora`. Where it was given the weight as
+  [*outs, *ins] in the collection 'turned', that stands on the left of the
+  product: `models/decoding` says why.
   """
-  shape, axes = (*ins.values(), *outs.values()), (*ins, *outs)
-  y = jnp.tensordot(x, _weight(module, name, shape, axes), len(ins))
+  if module.has_variable('turned', name):
+    last = [list(range(-len(ins), 0))] * 2
+    y = jnp.tensordot(module.get_variable('turned', name), x, last)
+    y = jnp.moveaxis(y, range(len(outs)), range(-len(outs), 0))
+  else:
+    shape, axes = (*ins.values(), *outs.values()), (*ins, *outs)
+    y = jnp.tensordot(x, _weight(module, name, shape, axes), len(ins))
   if module.has_variable('lora', name):
     pair = module.get_variable('lora', name)
     a, b = (pair[part].astype(module.config.dtype) for part in 'ab')
@@ -230,13 +238,17 @@ class Attention(nn.Module):
     if cache is None:
       keys, values = key_BTKH, value_BTKH
     else:
-      start = (layer, 0, cache_index, 0, 0)
-      insert = jax.lax.dynamic_update_slice
-      cache = {
-        'key': insert(cache['key'], key_BTKH[None], start),
-        'value': insert(cache['value'], value_BTKH[None], start),
-      }
-      keys, values = cache['key'][layer], cache['value'][layer]
+      cache, (key_BKHS, value_BKSH) = _write(
+        cache,
+        {
+          'key': jnp.moveaxis(key_BTKH, 1, -1),
+          'value': jnp.swapaxes(value_BTKH, 1, 2),
+        },
+        layer,
+        {'key': (0, 0, 0, cache_index), 'value': (0, 0, cache_index, 0)},
+      )
+      keys = jnp.moveaxis(key_BKHS, -1, 1)
+      values = jnp.swapaxes(value_BKSH, 1, 2)
     scalar = cfg.head_dim if cfg.query_scalar is None else cfg.query_scalar
     out_BTNH = attention.interval_attention(
       query_BTNH,
@@ -253,6 +265,25 @@ class Attention(nn.Module):
     if cfg.attention_bias and cfg.out_bias:
       out_BTD += _bias(self, 'out_bias', (D,), ('embed',))
     return out_BTD, cache
+
+
+def _write(cache, slots, layer, starts):
+  """Returns a cache with new slots, and the keys and values of the layer.
+
+  With layer None the cache is that layer's own, without the axis of layers.
+  Such an axis of one would make XLA copy the cache to read what was written.
+  """
+  write = jax.lax.dynamic_update_slice
+  if layer is None:
+    cache = {
+      name: write(cache[name], slots[name], starts[name]) for name in cache
+    }
+    return cache, (cache['key'], cache['value'])
+  cache = {
+    name: write(cache[name], slots[name][None], (layer, *starts[name]))
+    for name in cache
+  }
+  return cache, (cache['key'][layer], cache['value'][layer])
 
 
 class Mlp(nn.Module):
@@ -363,18 +394,7 @@ class Transformer(nn.Module):
     cfg = self.config
     x_BTD = Embed(cfg, name='embed')(tokens_BT, positions_BT)
     x_BTD = nn.with_logical_constraint(x_BTD, ('rows', 'time', 'embed'))
-    ropes, los, windowed = (None, None), (lo_BT, lo_BT), None
-    if cfg.positions == 'rotary':
-      ropes = [
-        rotary.tables(positions_BT, rotary.frequencies(cfg, local=local))
-        for local in (False, True)
-      ]
-    if cfg.window is not None:
-      windowed = jnp.array(cfg.windowed)
-      slot_T = jnp.arange(tokens_BT.shape[1]) + (
-        0 if cache_index is None else cache_index
-      )
-      los = (lo_BT, jnp.maximum(lo_BT, slot_T - cfg.window + 1))
+    windowed, ropes, los = by_kind(cfg, positions_BT, lo_BT, cache_index)
     block = Block
     if cfg.remat != 'none':
       block = nn.remat(Block, prevent_cse=False, policy=REMATS[cfg.remat])
@@ -402,23 +422,41 @@ class Transformer(nn.Module):
     return hidden_BTD if cache is None else (hidden_BTD, new_cache)
 
 
+def by_kind(config, positions_BT, lo_BT, cache_index):
+  """Returns which layers have a window, and what the two kinds are given.
+
+  That is a bool a layer, or None where none has one; the tables of rotation,
+  and the first slots seen, of layers without a window and of those with one.
+  """
+  ropes, los = (None, None), (lo_BT, lo_BT)
+  if config.positions == 'rotary':
+    ropes = [
+      rotary.tables(positions_BT, rotary.frequencies(config, local=local))
+      for local in (False, True)
+    ]
+  if config.window is None:
+    return None, ropes, los
+  slot_T = jnp.arange(positions_BT.shape[1]) + (
+    0 if cache_index is None else cache_index
+  )
+  los = (lo_BT, jnp.maximum(lo_BT, slot_T - config.window + 1))
+  return jnp.array(config.windowed), ropes, los
+
+
 def unembedding(params):
   """Returns the matrix [V, D] that turns hidden states into logits."""
   return params['unembed'] if 'unembed' in params else params['embed']['tokens']
 
 
 def init_cache(config, *, rows, slots):
-  """Returns an empty key/value cache of [L, rows, slots, K, H] arrays."""
-  shape = (
-    config.num_layers,
-    rows,
-    slots,
-    config.num_kv_heads,
-    config.head_dim,
-  )
+  """Returns an empty cache: keys [L, rows, K, H, slots], values with H last.
+
+  So laid out, the products of one query a row read it as it is.
+  """
+  shape = (config.num_layers, rows, config.num_kv_heads)
   return {
-    'key': jnp.zeros(shape, config.dtype),
-    'value': jnp.zeros(shape, config.dtype),
+    'key': jnp.zeros((*shape, config.head_dim, slots), config.dtype),
+    'value': jnp.zeros((*shape, slots, config.head_dim), config.dtype),
   }
 
 
