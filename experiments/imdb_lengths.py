@@ -106,9 +106,7 @@ def write_baseline(scale, paths):
   texts, ended = imdb_texts.sample(
     scale, prompts, number=1, workdir=paths.sft, stream='baseline'
   )
-  values = rewards.score(
-    rewards.get(paths.reward), prompts, texts, ended=ended
-  )
+  values = rewards.score(rewards.get(paths.reward), prompts, texts, ended=ended)
   lengths = token_lengths(scale, paths, texts, ended)
   online.write_lines(
     str(paths.baseline),

@@ -13,9 +13,10 @@ learn from its pairs and are measured as its runs are; nothing is written there.
   bakeoff         every method with two learning rates and two strengths
 
 The jobs are those of `sweep`: a process each, what is finished is skipped, the
-same command goes on. WORKDIR/STUDY has a folder for each, sweep.csv, table.md,
-and results.md with the gate of `imdb_verdicts`. --only=dpo,nca runs some of the
-methods, --lr=1e-4,3e-4 other learning rates, --print shows the commands.
+same command goes on. WORKDIR/STUDY has a folder for each, and the gates, tables
+and pictures of `imdb_tables`. --only=dpo,nca runs some of the methods,
+--lr=1e-4,3e-4 other learning rates (methods are compared at the first one),
+--print shows a command a job and runs none.
 """
 
 import argparse
@@ -32,23 +33,11 @@ from experiments import grids
 from experiments import imdb_lengths
 from experiments import imdb_results
 from experiments import imdb_scales
-from experiments import imdb_verdicts
+from experiments import imdb_tables
 from experiments import sweep
-from experiments import sweep_results
 
 CONFIG = str(pathlib.Path(__file__).parents[1] / 'configs' / 'preference.py')
 MISTAKES = (ValueError, FloatingPointError, OSError)
-# What table.md shows, as far as runs have it.
-METRICS = (
-  'samples/reward',
-  'samples/kl',
-  'samples/length',
-  'samples/distinct_2',
-  'samples/entropy',
-  'samples/judge',
-  'heldout/rewards/accuracy',
-  'change:heldout/logps/chosen',
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,22 +328,6 @@ def _refuse_strangers(jobs, folder):
     raise ValueError('; '.join(problems))
 
 
-def collect(folder, jobs, text):
-  """Writes table and plots of a study's jobs, and results.md with `text`."""
-  known = sweep.stored(str(folder)) | {job.name: job.values for job in jobs}
-  logged = {
-    name
-    for job in known
-    for _, found in sweep_results.read_records(str(folder / job))
-    for name in found
-  }
-  shown = [name for name in METRICS if name.rpartition(':')[2] in logged]
-  view = sweep_results.View(metrics=shown, at='last', over='seed')
-  text += '\n' + sweep_results.collect(str(folder), known, view)
-  workdirs.write(str(folder / 'results.md'), text)
-  return text
-
-
 def run(options):
   """Runs a study; returns the exit status."""
   study = names.look_up(STUDIES, 'study', options.study)
@@ -380,8 +353,18 @@ def run(options):
     return 0
   status = sweep.run(jobs, str(folder))
   if status != processes.PREEMPTED:
-    verdict = imdb_verdicts.write(options.study, folder, paths)
-    print(collect(folder, jobs, verdict))
+    known = {job.name: job.values for job in jobs}
+    lr = (*asked['rates'], size.lr)[0]
+    print(
+      imdb_tables.write(
+        options.study,
+        folder,
+        known,
+        lr=lr,
+        methods=study.methods,
+        paths=paths,
+      )
+    )
   return status
 
 
