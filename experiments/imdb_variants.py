@@ -16,7 +16,7 @@ The jobs are those of `sweep`: a process each, what is finished is skipped, the
 same command goes on. WORKDIR/STUDY has a folder for each, and the gates, tables
 and pictures of `imdb_tables`. --only=dpo,nca runs some of the methods,
 --lr=1e-4,3e-4 other learning rates (methods are compared at the first one),
---print shows a command a job and runs none.
+--print shows a command a job and runs none, but makes what they learn from.
 """
 
 import argparse
@@ -378,7 +378,7 @@ def main(arguments=None):
   add('--study', required=True, help=', '.join(STUDIES))
   add('--only', default='', help='methods, with commas between')
   add('--lr', default='', help='learning rates, with commas between')
-  add('--print', action='store_true', help='a command a job; run nothing')
+  add('--print', action='store_true', help='a command a job; run none')
   add('--traceback', action='store_true', help='show where an error arose')
   options = parser.parse_args(arguments)
   try:
