@@ -361,25 +361,7 @@ def parse(name):
 def sft_config(scale, paths):
   """Returns the config of SFT: the base model, on the rest of reviews."""
   config = _offline('sft', 'adamw')
-  return _set(
-    config,
-    scale,
-    ('sft',),
-    _model(scale, paths)
-    | {
-      'seed': scale.seed,
-      'data.source': str(paths.sft_rows),
-      'data.held_out': 0.02,
-      'data.max_response_tokens': scale.sft_tokens,
-      'data.max_prompt_tokens': scale.prompt_tokens[1] + 1,  # with a BOS
-      'data.row_length': _row_length(
-        scale.prompt_tokens[1] + 1 + scale.sft_tokens
-      ),
-      'eval.max_groups': 256,
-      'checkpoint.keep': 1,
-      'eval.samples.num_prompts': 0,
-    },
-  )
+  return _set(config, scale, ('sft',), sft_keys(scale, paths))
 
 
 def reward_model_config(scale, paths):
@@ -403,19 +385,7 @@ def reward_model_config(scale, paths):
 def run_config(run, scale, paths):
   """Returns the config of a run: of `ppo.run`, or of `train.train`."""
   method = METHODS[run.method]
-  measured = _model(scale, paths) | {
-    'init': str(paths.sft),
-    'seed': run.seed,
-    'checkpoint.keep': 1,
-    'checkpoint.best': 'max:samples/reward',
-    'eval.samples.prompts': str(paths.test_prompts),
-    'eval.samples.num_prompts': scale.test_prompts,
-    'eval.samples.samples_per_prompt': 1,
-    'eval.samples.max_new_tokens': scale.new_tokens,
-    'eval.samples.batch_size': scale.sample_batch,
-    'eval.samples.reward': paths.reward,
-    'eval.samples.judges': (f'sentiment_probability:{paths.judge}', 'vader'),
-  }
+  measured = _measured(scale, paths, seed=run.seed)
   if method.preset:
     config = ppo_configs.get_config(
       f'preset={method.preset},model=debug-llama,data=prompts,kl=adaptive'
@@ -443,6 +413,35 @@ def _families(run):
   return 'ppo_all' if is_ppo(run) else 'offline', run.method
 
 
+def offline_keys(scale, paths, *, seed):
+  """Returns what all offline runs on the pairs have: {key with dots: value}.
+
+  They begin at the SFT model, and their samples are measured as those of the
+  runs here. Steps and learning rate are not among the keys.
+  """
+  return (
+    _measured(scale, paths, seed=seed)
+    | _pairs(scale, paths)
+    | scale.settings['all']
+  )
+
+
+def sft_keys(scale, paths):
+  """Returns what SFT on rows of `sft_rows` has: {key with dots: value}."""
+  most_prompt = scale.prompt_tokens[1] + 1  # with a BOS
+  return _model(scale, paths) | {
+    'seed': scale.seed,
+    'data.source': str(paths.sft_rows),
+    'data.held_out': 0.02,
+    'data.max_response_tokens': scale.sft_tokens,
+    'data.max_prompt_tokens': most_prompt,
+    'data.row_length': _row_length(most_prompt + scale.sft_tokens),
+    'eval.max_groups': 256,
+    'checkpoint.keep': 1,
+    'eval.samples.num_prompts': 0,
+  }
+
+
 def is_ppo(run):
   """Whether `ppo.run` is the loop of a run."""
   return bool(METHODS[run.method].preset)
@@ -464,6 +463,23 @@ def _offline(loss, optim):
 
 def _model(scale, paths):
   return {'model.source': scale.source or str(paths.base)}
+
+
+def _measured(scale, paths, *, seed):
+  """Keys of a run that begins at the SFT model: how samples are measured."""
+  return _model(scale, paths) | {
+    'init': str(paths.sft),
+    'seed': seed,
+    'checkpoint.keep': 1,
+    'checkpoint.best': 'max:samples/reward',
+    'eval.samples.prompts': str(paths.test_prompts),
+    'eval.samples.num_prompts': scale.test_prompts,
+    'eval.samples.samples_per_prompt': 1,
+    'eval.samples.max_new_tokens': scale.new_tokens,
+    'eval.samples.batch_size': scale.sample_batch,
+    'eval.samples.reward': paths.reward,
+    'eval.samples.judges': (f'sentiment_probability:{paths.judge}', 'vader'),
+  }
 
 
 def _pairs(scale, paths):
