@@ -28,6 +28,7 @@ from dpo_jax.data import batches
 from dpo_jax.data import examples
 from dpo_jax.data import partners
 from dpo_jax.losses import table
+from dpo_jax.models import lora
 from dpo_jax.models import transformer
 
 _RANKED = 4  # responses of a ranking, where no lengths are given
@@ -214,8 +215,8 @@ def _of_ppo(config, mesh, lengths):
   )
   rows, shape = plan.batch(0), plan.shape_of(0)
   inputs = _placed(rows, mesh)
-  variables = policy.variables(policy.trained)
-  ref_variables = policy.variables(reference)
+  variables = lora.variables(policy.base, policy.trained, None)
+  ref_variables = lora.variables(policy.base, reference, None)
   work = _work(plan, policy)
   forward = accounting.forward_flops(policy.config, work)
 
