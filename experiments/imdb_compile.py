@@ -6,7 +6,8 @@
 needs the TPU's compiler (the extra `tpu`), no TPU: minutes of two cores a
 program. What is found is kept in docs/imdb_compile.jsonl, one record a config,
 from which the table in docs/scaling.md is written; `--render` does that alone.
-No table is written where a record is missing or of another config.
+A config without a record, or with one of another config, has no row, and it is
+an error; only with all of them are there hours of all runs.
 
 Hours are those of the steps alone, by arithmetic on compiled programs and at
 the longest texts that the configs allow: no evaluation, no host; nothing ran.
@@ -157,29 +158,20 @@ def _keep(record):
 
 
 def records():
-  """Returns {name: record} of NAMES.
-
-  Raises ValueError, with the command that mends it, where one is missing or of
-  another config.
-  """
+  """Returns ({name: record}, {name: why it has none}) of NAMES."""
   found, wrong = _read(), {}
   for name in NAMES:
     if name not in found:
       wrong[name] = f'{name} has no record'
     elif found[name]['asked'] != asked(name):
       wrong[name] = f'the record of {name} is of another config'
-  if wrong:
-    raise ValueError(
-      f'{", ".join(wrong.values())}; run python -m experiments.imdb_compile'
-      f' --only {" ".join(wrong)}'
-    )
-  return {name: found[name] for name in NAMES}
+  return {n: found[n] for n in NAMES if n not in wrong}, wrong
 
 
 HEADINGS = [
   'what',
   'a step',
-  'GiB needed, of {usable:.2f}',
+  'GiB needed, of 15.75',
   'seconds of a step',
   'steps, at most',
   'hours of all',
@@ -187,14 +179,12 @@ HEADINGS = [
 
 
 def page():
-  """Returns docs/scaling.md with the table of the records; see `records`."""
-  found = records()
+  """Returns docs/scaling.md with the table of the records."""
+  found, wrong = records()
   runs = collections.Counter(
     imdb_scales.parse(run).method for run in imdb_scales.FULL
   )
-  usable = found['sft']['programs'][0]['usable'] / 2**30
-  headings = [text.format(usable=usable) for text in HEADINGS]
-  rows, total = [headings, ['---'] * len(headings)], [0.0, 0.0]
+  rows, total = [HEADINGS, ['---'] * len(HEADINGS)], [0.0, 0.0]
   for name, record in found.items():
     names = [name, *(n for n, like in SAME.items() if like == name)]
     number = sum(runs.get(n, 0) for n in names)
@@ -205,9 +195,10 @@ def page():
     if number:
       total = [a + b for a, b in zip(total, hours)]
     rows.append(_cells(names, number, record, steps_of(name), hours))
-  rows.append(
-    [f'all {sum(runs.values())} runs', '', '', '', '', _span(total, 1)]
-  )
+  if not wrong:
+    rows.append(
+      [f'all {sum(runs.values())} runs', '', '', '', '', _span(total, 1)]
+    )
   table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
   before, rest = PAGE.read_text().split(BEGIN)
   _, after = rest.split(END)
@@ -251,10 +242,13 @@ def main():
   if not options.render:
     for name in options.only or NAMES:
       _keep(prove(name))
-  try:
-    PAGE.write_text(page())
-  except ValueError as error:
-    sys.exit(f'no table: {error}')
+  PAGE.write_text(page())
+  _, wrong = records()
+  if wrong:
+    sys.exit(
+      f'{", ".join(wrong.values())}; run python -m experiments.imdb_compile'
+      f' --only {" ".join(wrong)}'
+    )
 
 
 if __name__ == '__main__':
