@@ -97,14 +97,34 @@ def step_flops(config, work, *, live, adapter=None, outputs=None):
   layers = 2 + (not frozen) + live
   attention = 3 + live
   head = 2 + (not frozen) + live
+  parts = _forward(config, work, outputs)
+  return (
+    layers * parts[0]
+    + attention * parts[1]
+    + head * parts[2]
+    + 6 * (adapter or 0) * work.tokens
+  )
+
+
+def forward_flops(config, work):
+  """Returns the model FLOPs of the log-probs of some groups, or of samples.
+
+  Args:
+    config: of the model; an adapter on it is not counted.
+    work: summed.
+  """
+  return sum(_forward(config, work, None))
+
+
+def _forward(config, work, outputs):
+  """FLOPs of a forward pass in layers, attention and head."""
   windowed = sum(config.windowed)
   seen = (config.num_layers - windowed) * work.seen
   seen += windowed * work.seen_windowed
   return (
-    layers * 2 * matmul_parameters(config) * work.tokens
-    + 6 * (adapter or 0) * work.tokens
-    + attention * 4 * config.head_dim * config.num_heads * seen
-    + head * 2 * config.d_model * (outputs or config.vocab_size) * work.scored
+    2 * matmul_parameters(config) * work.tokens,
+    4 * config.head_dim * config.num_heads * seen,
+    2 * config.d_model * (outputs or config.vocab_size) * work.scored,
   )
 
 

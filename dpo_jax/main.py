@@ -2,8 +2,9 @@
 
 Verbs:
   prepare  read, split and tokenize the data; show what was kept, and why not
-  compile  compile the training step for a TPU slice that is not there, by
-           --topology, and show what it needs and costs (`compilations`)
+  compile  compile what training runs, offline or PPO, for a TPU slice that is
+           not there, by --topology; show what it needs and costs
+           (`compilations`)
   train    train, or go on training, in --workdir
   sample   continue --prompt with the policy of --workdir (or model.source)
   eval     measure the policy of --workdir (or model.source)
@@ -103,7 +104,7 @@ LENGTHS = flags.DEFINE_list(
   'lengths',
   [],
   'compile: tokens of a prompt and of its responses; default: the most that the'
-  ' config allows.',
+  ' config allows. Of PPO: of the longest prompt, and of a sample.',
 )
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'sample: text to continue.')
 
@@ -183,7 +184,7 @@ def evaluate(config, workdir):
 
 
 def compile_step(config, workdir):
-  """Compiles the training step for --topology and shows what it costs."""
+  """Compiles the programs of a config for --topology; shows what they cost."""
   del workdir  # nothing is written
   if not TOPOLOGY.value:
     raise ValueError(

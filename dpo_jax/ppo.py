@@ -110,7 +110,6 @@ def set_up(config, mesh):
   Reads the config's sections of it. The `groups` are prompts.
   """
   # ------------------------------------------------ model, prompts, reward ----
-  chunk = runs.head_chunk(config)
   # A head that was trained before, of values or of a reward model, goes on;
   # a new one knows nothing.
   policy = policies.open_policy(config, mesh, head=0.0)
@@ -152,13 +151,7 @@ def set_up(config, mesh):
 
   parts = runs.Run(
     policy=policy,
-    sums=rollouts.make_sums(
-      policy.config,
-      chunk=chunk,
-      clip=config.ppo.clip,
-      value_clip=config.ppo.value_clip,
-      value_coef=config.ppo.value_coef,
-    ),
+    sums=make_sums(config, policy.config),
     ref=began,
     first_memory=jax.device_put(
       rollouts.first_memory(kl_coef=config.kl.coef), sharding.replicated(mesh)
@@ -168,6 +161,36 @@ def set_up(config, mesh):
     evaluate=evaluate,
   )
   return parts, reward
+
+
+def make_sums(config, model_config):
+  """Returns `rollouts.make_sums` of a config."""
+  return rollouts.make_sums(
+    model_config,
+    chunk=runs.head_chunk(config),
+    clip=config.ppo.clip,
+    value_clip=config.ppo.value_clip,
+    value_coef=config.ppo.value_coef,
+  )
+
+
+def make_experience(config, mesh):
+  """Returns `rollouts.make_experience` of a config."""
+  return rollouts.make_experience(
+    mesh,
+    normalize=config.reward.normalize,
+    no_eos_penalty=config.reward.no_eos_penalty,
+    kl=dict(config.kl),
+    gamma=config.ppo.gamma,
+    lam=config.ppo.lam,
+    whiten_rewards=config.ppo.whiten_rewards,
+    whiten_advantages=config.ppo.whiten_advantages,
+  )
+
+
+def updates_a_step(config):
+  """Returns how many updates learn from a rollout."""
+  return config.ppo.epochs * (config.rollout.size // config.batch_size)
 
 
 # --- The run ------------------------------------------------------------------
@@ -182,7 +205,7 @@ def _run(config, workdir, mesh):
   frozen = {'base': policy.base, 'ref': None}  # the KL is in the rewards
   ref_variables = policy.variables(base.ref)
   epochs, num_steps = config.ppo.epochs, config.num_steps
-  per_step = epochs * (size // config.batch_size)  # updates
+  per_step = updates_a_step(config)
 
   plan = functools.partial(
     rollouts.plan,
@@ -201,16 +224,7 @@ def _run(config, workdir, mesh):
   observe = rollouts.make_observe(
     policy.config, mesh, chunk=runs.head_chunk(config)
   )
-  experience = rollouts.make_experience(
-    mesh,
-    normalize=config.reward.normalize,
-    no_eos_penalty=config.reward.no_eos_penalty,
-    kl=dict(config.kl),
-    gamma=config.ppo.gamma,
-    lam=config.ppo.lam,
-    whiten_rewards=config.ppo.whiten_rewards,
-    whiten_advantages=config.ppo.whiten_advantages,
-  )
+  experience = make_experience(config, mesh)
 
   def roll(params, number, name):
     """Samples what step `number` learns from."""

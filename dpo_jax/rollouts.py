@@ -155,11 +155,8 @@ def make_read(model_config, *, chunk):
   return read
 
 
-def make_observe(model_config, mesh, *, chunk):
-  """Returns (variables, ref_variables, plan) -> what is known before learning.
-
-  {'logps', 'ref_logps', 'values', 'mask'}, [N, M] each, on the host.
-  """
+def make_observe_step(model_config, mesh, *, chunk):
+  """Returns the jitted step of `make_observe`, of one batch."""
   read = make_read(model_config, chunk=chunk)
   ref_logps = objectives.make_token_logps(model_config, chunk=chunk)
 
@@ -172,7 +169,15 @@ def make_observe(model_config, mesh, *, chunk):
       'mask': batch['slot'] >= 0,
     }
 
-  step = jax.jit(one_batch, out_shardings=sharding.replicated(mesh))
+  return jax.jit(one_batch, out_shardings=sharding.replicated(mesh))
+
+
+def make_observe(model_config, mesh, *, chunk):
+  """Returns (variables, ref_variables, plan) -> what is known before learning.
+
+  {'logps', 'ref_logps', 'values', 'mask'}, [N, M] each, on the host.
+  """
+  step = make_observe_step(model_config, mesh, chunk=chunk)
 
   def observe(variables, ref_variables, samples):
     parts = [
@@ -305,6 +310,14 @@ def make_experience(
 
 
 def put_minibatch(samples, step, order, arrays, mesh):
+  """Builds this process's rows of a `minibatch` and joins them over all."""
+  count = samples.shape_of(step).rows
+  own = sharding.own_rows(count, mesh)
+  batch = minibatch(samples, step, order, arrays, own=own)
+  return sharding.put_rows(batch, mesh, count=count)
+
+
+def minibatch(samples, step, order, arrays, *, own=None):
   """Builds a step of `samples`, a plan, with what is to be learned of it.
 
   Args:
@@ -312,19 +325,18 @@ def put_minibatch(samples, step, order, arrays, mesh):
     step: of the plan.
     order: int [N], number in the rollout of each of the plan's groups.
     arrays: of `make_experience`, on the host.
-    mesh: devices.
+    own: numbers of the rows that are built; None: all.
 
   The batch's `weight` is one over the mean length of the minibatch's responses,
   so that a mean over groups of sums over tokens is a mean over tokens.
   """
-  count = samples.shape_of(step).rows
-  batch = samples.batch(step, own=sharding.own_rows(count, mesh))
+  batch = samples.batch(step, own=own)
   index = order[batch['group'][:, 0]]  # padding rows: any, they score nothing
   batch |= {name: array[index] for name, array in arrays.items()}
   members = samples.steps[step]
   tokens = sum(len(samples.groups[g].responses[0]) for g in members)
   batch['weight'] *= np.float32(len(members) / tokens)
-  return sharding.put_rows(batch, mesh, count=count)
+  return batch
 
 
 def make_sums(model_config, *, chunk, clip, value_clip, value_coef):

@@ -34,6 +34,9 @@ from dpo_jax.models import transformer
 # Prompt slots are this number times a power of two: few shapes to compile, and
 # at most half of the slots of a longer prompt are padding.
 SMALLEST_PROMPT = 8
+# Names the loop over new tokens in a compiled program, which does not say how
+# often it turns: M - 1 times, or until all have ended.
+SCOPE = 'new_tokens'
 BLOCK = 256  # near the square root of the usual vocabularies
 
 
@@ -99,9 +102,7 @@ def generate(
   order = np.argsort(lengths, kind='stable')  # neighbours share a padded length
   for start in range(0, num, batch_size):
     index = order[start : start + batch_size]
-    slots = SMALLEST_PROMPT
-    while slots < lengths[index].max():
-      slots *= 2
+    slots = prompt_slots(lengths[index].max())
     prompts_BP = np.zeros((batch_size, slots), np.int32)
     rows = np.full(batch_size, -1, np.int32)  # -1 fills up the batch
     starts = np.full(batch_size, slots - 1, np.int32)
@@ -133,6 +134,62 @@ def generate(
       ' finite; the parameters are broken, take an earlier checkpoint'
     )
   return Samples(**samples)
+
+
+def prompt_slots(longest):
+  """Returns P of a batch whose longest prompt has so many tokens."""
+  slots = SMALLEST_PROMPT
+  while slots < longest:
+    slots *= 2
+  return slots
+
+
+def prepared(config, variables):
+  """Returns the shapes of what batches are computed with, cast, of shapes."""
+  cast = jax.eval_shape(
+    lambda tree: transformer.cast(tree, config.dtype), variables
+  )
+  return jax.tree.map(
+    lambda x, like: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=like.sharding
+    ),
+    cast,
+    variables,
+  )
+
+
+def lower(
+  config,
+  variables,
+  *,
+  longest,
+  max_new_tokens,
+  temperature,
+  top_p,
+  batch_size,
+  num_eos=1,
+):
+  """Lowers what `generate` runs for a batch, of shapes instead of arrays.
+
+  `longest` prompt tokens, `num_eos` tokens that end; the rest is as there, on
+  another machine than a CPU.
+  """
+  _check(
+    config, np.array([longest]), max_new_tokens, temperature, top_p, batch_size
+  )
+  return _generate.lower(
+    config,
+    prepared(config, variables),
+    None,
+    np.zeros((batch_size, prompt_slots(longest)), np.int32),
+    np.zeros(batch_size, np.int32),
+    np.zeros(batch_size, np.int32),
+    jax.random.key(0),
+    np.zeros(num_eos, np.int32),
+    max_new_tokens=max_new_tokens,
+    temperature=float(temperature),
+    top_p=float(top_p),
+  )
 
 
 def _check(config, lengths, max_new_tokens, temperature, top_p, batch_size):
@@ -262,11 +319,13 @@ def _generate(
     'lengths': jnp.zeros(B, jnp.int32),
     'ended': rows < 0,
   }
-  state, _ = jax.lax.while_loop(
-    lambda carry: (carry[0]['step'] < M) & ~jnp.all(carry[0]['ended']),
-    decode,
-    (sample(state, hidden_BPD[:, -1]), cache),
-  )
+  carry = sample(state, hidden_BPD[:, -1]), cache
+  with jax.named_scope(SCOPE):
+    state, _ = jax.lax.while_loop(
+      lambda carry: (carry[0]['step'] < M) & ~jnp.all(carry[0]['ended']),
+      decode,
+      carry,
+    )
   del state['step']
   # Whole on every device: a process reads no other one's.
   return jax.tree.map(

@@ -99,9 +99,10 @@ def prove(number):
     settings.Settings(config.to_dict()), name, lengths=lengths
   )
   print(proof, file=sys.stderr)
-  if proof.account.unknown:
-    raise ValueError(f'loops of unknown length: {proof.account.unknown}')
-  estimate, chips = proof.estimate, proof.topology.chips
+  (step,) = proof.programs
+  if step.account.unknown:
+    raise ValueError(f'loops of unknown length: {step.account.unknown}')
+  estimate, chips = step.estimate, proof.topology.chips
   return {
     'row': number,
     'task': task,
@@ -115,15 +116,15 @@ def prove(number):
     'remat': config.model.remat,
     'accumulate': config.accumulate,
     'flags': os.environ.get('LIBTPU_INIT_ARGS', ''),
-    'needed': proof.needed,
-    'usable': proof.usable,
-    'place': proof.place,
-    'flops': proof.flops,
-    'kernel_flops': proof.kernel_flops,
-    'useful_flops': proof.useful / chips,
+    'needed': step.needed,
+    'usable': step.usable,
+    'place': step.place,
+    'flops': step.flops,
+    'kernel_flops': step.kernel_flops,
+    'useful_flops': step.useful / chips,
     'collectives': {
       kind: [traffic.count, traffic.payload, traffic.linked]
-      for kind, traffic in proof.account.collectives.items()
+      for kind, traffic in step.account.collectives.items()
     },
     'matrix': estimate.matrix,
     'memory': estimate.memory,
@@ -132,8 +133,8 @@ def prove(number):
     'products': estimate.products,
     'at_best': estimate.at_best,
     'at_worst': estimate.at_worst,
-    'mfu': [proof.mfu(estimate.at_best), proof.mfu(estimate.at_worst)],
-    'compile_seconds': proof.seconds,
+    'mfu': [step.mfu(estimate.at_best), step.mfu(estimate.at_worst)],
+    'compile_seconds': step.seconds,
     'all_seconds': time.perf_counter() - start,
     'peak_memory': proof.memory,
   }

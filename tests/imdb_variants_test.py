@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from dpo_jax import judges
 from dpo_jax import sentiment
 from dpo_jax import settings
 from dpo_jax import train
@@ -452,7 +453,7 @@ def test_errors_of_win_rates_are_binomial_where_lengths_are_equal():
   wins = np.repeat([1.0, 0.0], [30, 70])
   rate, influences = imdb_verdicts.controlled_win_rate(wins, np.zeros(100))
   assert rate == pytest.approx(0.3, abs=2e-3)
-  error = imdb_results.standard_error(influences)
+  error = judges.standard_error(influences)
   assert error == pytest.approx((0.3 * 0.7 / 100) ** 0.5, rel=0.02)
   rate, influences = imdb_verdicts.controlled_win_rate(
     np.full(9, 0.5), np.zeros(9)

@@ -143,7 +143,7 @@ def variables(base, trained, scale):
     base: parameters under an adapter, or None where there is no adapter.
     trained: the adapter on them, perhaps with a head (`heads`), None to switch
       it off; without a base, the parameters themselves.
-    scale: of `Lora`.
+    scale: of `Lora`; None for shapes, which it does not change.
   """
   if base is None:
     return None if trained is None else {'params': trained}
@@ -151,7 +151,9 @@ def variables(base, trained, scale):
     return {'params': base}
   adapter = heads.without(trained)
   head = {name: trained[name] for name in trained if name not in adapter}
-  return {'params': base | head, 'lora': _scaled(adapter, scale)}
+  if scale is not None:
+    adapter = _scaled(adapter, scale)
+  return {'params': base | head, 'lora': adapter}
 
 
 def _scaled(adapter, scale):
