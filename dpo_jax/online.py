@@ -18,11 +18,15 @@ after each round (`constraints`); it follows from the config and the metrics of
 the rounds before, so it resumes with them.
 """
 
+import copy
+import functools
 import json
+import operator
 import os
 
 import numpy as np
 
+from dpo_jax import checks
 from dpo_jax import constraints
 from dpo_jax import evaluators
 from dpo_jax import metrics
@@ -76,23 +80,15 @@ def run(config, workdir):
 
 def _run(config, workdir):
   # -------------------------------------------------------------- config ----
+  check(config, sharding.make_mesh(**config.train.mesh))
   workdir = os.path.abspath(workdir)  # it is part of each round's config
   prompts = read_prompts(config.prompts)
   seed, rounds = config.seed, config.rounds
   how, reward = dict(config.sampling), config.reward
   train_config = config.train.as_dict()
-  check_train_config(train_config, max_new_tokens=how['max_new_tokens'])
-  check_losses(config.train)
   score = reward_models.get(reward)
   constraint, cost, dual = read_constraint(config.constraint, rounds=rounds)
   multiplier, start = dual.pop('multiplier'), dual.pop('start')
-  if train_config['reference']['mode'] == 'adapter_off' and (
-    rounds > 1 and start == 'last'
-  ):
-    raise ValueError(
-      'train.reference.mode is adapter_off, but later rounds begin with the'
-      " last one's adapter; choose another reference, or set rounds to 1"
-    )
   config.check_all_read(but='train')  # `train` checks its own part
   workdirs.claim(workdir, config, json.dumps(prompts))
   heldout = os.path.join(workdir, 'heldout.jsonl')
@@ -103,25 +99,25 @@ def _run(config, workdir):
   for number in range(1, rounds + 1):
     directory = os.path.join(workdir, f'round_{number}')
     pairs = os.path.join(directory, 'pairs.jsonl')
-    train_config['seed'] = seed + number - 1
-    train_config['data']['source'] = pairs
-    train_config['eval']['samples'] |= {
-      'prompts': heldout,
-      'reward': reward,
-      'cost': constraint,
+    values = {
+      'seed': seed + number - 1,
+      'data.source': pairs,
+      'eval.samples.prompts': heldout,
+      'eval.samples.reward': reward,
+      'eval.samples.cost': constraint,
     }
     if number > 1 and start == 'last':
-      before = os.path.join(workdir, f'round_{number - 1}', 'train')
-      train_config['init'] = before
-    round_config = settings.Settings(train_config)
+      values['init'] = os.path.join(workdir, f'round_{number - 1}', 'train')
+    of_round = settings.Settings(round_config(train_config, values))
 
     # ------------------------------------------------ sample, score, pair ----
     if not processes.agreed(os.path.exists(pairs)):
       write_pairs(
-        round_config,
+        of_round,
         prompts['train'],
         directory,
         score,
+        name=reward,
         cost=cost,
         multiplier=multiplier,
         **how,
@@ -129,7 +125,7 @@ def _run(config, workdir):
     processes.wait('pairs')
 
     # --------------------------------------------------------------- train ----
-    train.train(round_config, os.path.join(directory, 'train'))
+    train.train(of_round, os.path.join(directory, 'train'))
     processes.poll()
 
     # -------------------------------------------------- multiplier, report ----
@@ -142,6 +138,79 @@ def _run(config, workdir):
     if processes.first():
       texts.append(f'round {number}\n{write_report(directory, priced)}')
   return '\n'.join(texts)
+
+
+# Numbers besides those of `train`.
+_NUMBERS = {
+  'seed': '0 or more',
+  'rounds': '1 or more',
+  'sampling.samples_per_prompt': '2 or more',
+  'sampling.pairs_per_prompt': '1 or more',
+  'sampling.max_new_tokens': '1 or more',
+  'sampling.temperature': '0 or more',
+  'sampling.top_p': 'a number above 0, at most 1',
+  'sampling.batch_size': '1 or more',
+}
+
+
+def check(config, mesh):
+  """Refuses what is wrong with a config whatever its prompts and its model are.
+
+  All of it, a line each; that of its `train` as of its first round, but for
+  what is not for rounds. `mesh` may be an abstract one.
+  """
+  config = settings.Settings(config.as_dict())  # to check is not to use
+  train_config, samples = config.train.as_dict(), config.sampling
+  checks.call(
+    [
+      checks.numbers(config, _NUMBERS),
+      lambda: reward_models.check(config.reward),
+      lambda: check_rounds(config),
+      lambda: check_train_config(
+        train_config, max_new_tokens=samples.max_new_tokens
+      ),
+      lambda: check_losses(config.train),
+      lambda: train.check(
+        settings.Settings(
+          round_config(
+            train_config,
+            {
+              'seed': max(0, config.seed),
+              'eval.samples.reward': config.reward,
+              'eval.samples.cost': 'none',
+            },
+          )
+        ),
+        mesh,
+      ),
+    ]
+  )
+
+
+def check_rounds(config):
+  """Refuses a constraint or a reference that do not fit the rounds."""
+  _, _, dual = read_constraint(config.constraint, rounds=config.rounds)
+  if config.train.reference.mode == 'adapter_off' and (
+    config.rounds > 1 and dual['start'] == 'last'
+  ):
+    raise ValueError(
+      'train.reference.mode is adapter_off, but later rounds begin with the'
+      " last one's adapter; choose another reference, or set rounds to 1"
+    )
+
+
+def round_config(config, values):
+  """Returns a config of `train` with what a round sets: {dotted name: value}.
+
+  Args:
+    config: nested dicts.
+    values: of keys of `_SET_HERE`.
+  """
+  out = copy.deepcopy(config)
+  for name, value in values.items():
+    *sections, key = name.split('.')
+    functools.reduce(operator.getitem, sections, out)[key] = value
+  return out
 
 
 def read_constraint(section, *, rounds):
@@ -232,13 +301,25 @@ def read_prompts(source):
   """
   if source == 'openings':
     return openings.openings()
-  with open(source) as f:
-    prompts = json.load(f)
-  if set(prompts) != {'train', 'test'}:
+  with open(source, 'rb') as f:
+    try:
+      prompts = json.load(f)
+    except ValueError as error:
+      raise ValueError(f'{source} is no JSON file: {error}') from error
+  if not isinstance(prompts, dict) or set(prompts) != {'train', 'test'}:
     raise ValueError(
       f"{source} must hold {{'train': [...], 'test': [...]}}, it has"
-      f' {sorted(prompts)}'
+      f' {[*prompts] if isinstance(prompts, dict) else prompts!r:.60}'
     )
+  for split, texts in prompts.items():
+    if not isinstance(texts, list) or not texts:
+      raise ValueError(f'{source}: {split} must be a list of texts, with one')
+    for number, text in enumerate(texts):
+      if not isinstance(text, str) or not text:
+        raise ValueError(
+          f'{source}: {split}[{number}] is {text!r:.40}; it must be a text, not'
+          ' an empty one'
+        )
   both = set(prompts['train']) & set(prompts['test'])
   if both:
     raise ValueError(
@@ -254,6 +335,7 @@ def write_pairs(
   directory,
   reward,
   *,
+  name,
   cost,
   multiplier,
   samples_per_prompt,
@@ -267,8 +349,8 @@ def write_pairs(
 
   The best and the worst completion of a prompt become its pair; a prompt whose
   completions all score the same has none, and is counted. pairs.jsonl appears
-  under its name only when it is whole. The score is the reward, less multiplier
-  times cost where there is a `cost`.
+  under its name only when it is whole. The score is the reward, whose name is
+  `name`, less multiplier times cost where there is a `cost`.
   """
   mesh = sharding.make_mesh(**config.mesh)
   policy = policies.open_policy(config, mesh)
@@ -291,7 +373,9 @@ def write_pairs(
       batch_size=batch_size,
     )
   responses = evaluators.response_texts(samples, tokenizer)
-  values = rewards.score(reward, repeated, responses, ended=samples.ended)
+  values = rewards.score(
+    reward, repeated, responses, name=name, ended=samples.ended
+  )
   columns = {'reward': values}
   if cost:
     columns['cost'] = rewards.score_constraint(cost, repeated, responses)

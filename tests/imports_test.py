@@ -55,6 +55,7 @@ MACHINE = {
   'workdirs',
 }
 MIDDLE = {
+  'checks',
   'objectives',
   'evaluators',
   'ref_cache',

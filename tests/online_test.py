@@ -73,6 +73,44 @@ def test_prompts_in_train_and_test_are_refused(tmp_path):
     online.read_prompts(str(path))
 
 
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('', 'is no JSON file'),
+    ('["a"]', r"must hold .* it has \['a'\]"),
+    ('{"train": [], "test": ["a"]}', 'train must be a list of texts, with one'),
+    ('{"train": ["a", ""], "test": ["b"]}', r"train\[1\] is ''; it must be a"),
+    ('{"train": ["a"], "test": [3]}', r'test\[0\] is 3; it must be a text'),
+  ],
+)
+def test_bad_prompts_are_named_by_file_and_place(tmp_path, text, message):
+  path = tmp_path / 'prompts.json'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=f'prompts.json:? .*{message}'):
+    online.read_prompts(str(path))
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'rounds': 0}, 'rounds is 0; use 1 or more'),
+    ({'reward': 'lenght'}, "did you mean 'length'"),
+    ({'sampling.samples_per_prompt': 1}, 'samples_per_prompt is 1; use 2 or'),
+    ({'sampling.top_p': 0.0}, 'sampling.top_p is 0.0; use a number above 0'),
+    ({'train.optim.name': 'adam'}, "did you mean 'adamw'"),
+    ({'train.checkpoint.keep': 0}, 'keep at least 1'),
+  ],
+)
+def test_bad_configs_stop_before_anything_is_written(
+  tmp_path, changes, message
+):
+  config = quickstart.get_config('debug')
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    online.run(settings.Settings(config.to_dict()), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 def train_config(**changes):
   config = quickstart.get_config('debug')
   config.train.update_from_flattened_dict(changes)
