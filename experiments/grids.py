@@ -26,13 +26,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import names
-from dpo_jax import online
 from dpo_jax import ppo
+from dpo_jax import rounds
 from dpo_jax import settings
 from dpo_jax import train
 from dpo_jax import workdirs
 
-CHECKS = {'train': train.check, 'ppo': ppo.check, 'online': online.check}
+CHECKS = {'train': train.check, 'ppo': ppo.check, 'online': rounds.check}
 VERBS = tuple(CHECKS)
 _LONGEST = 200  # bytes of a name; folders allow 255
 

@@ -70,7 +70,7 @@ MIDDLE = {
 }
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
-LOOPS = {'train', 'ppo', 'online', 'compilations', 'main'}
+LOOPS = {'train', 'ppo', 'rounds', 'online', 'compilations', 'main'}
 HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections'}
 MATHS_FORBIDDEN = {
   'absl',

@@ -14,6 +14,7 @@ from dpo_jax import metrics
 from dpo_jax import online
 from dpo_jax import processes
 from dpo_jax import rewards
+from dpo_jax import rounds
 from dpo_jax import sampling
 from dpo_jax import settings
 from dpo_jax import train
@@ -179,15 +180,15 @@ def test_a_reference_that_round_2_would_refuse_is_refused_at_once(tmp_path):
 )
 def test_what_would_fail_late_is_refused_at_the_start(changes, message):
   with pytest.raises(ValueError, match=message):
-    online.check_train_config(train_config(**changes), max_new_tokens=4)
-  online.check_train_config(train_config(), max_new_tokens=4)
+    rounds.check_train_config(train_config(**changes), max_new_tokens=4)
+  rounds.check_train_config(train_config(), max_new_tokens=4)
 
 
 # --- Constraints ---
 
 
 @pytest.mark.parametrize(
-  'section, rounds, message',
+  'section, number, message',
   [
     ({'name': 'none', 'budget': 0.1}, 2, 'constraint.budget would do nothing'),
     ({'name': 'digits'}, 2, 'takes budget, .* use configs/constrained.py'),
@@ -198,12 +199,12 @@ def test_what_would_fail_late_is_refused_at_the_start(changes, message):
     ({}, 1, 'rounds is 1; set rounds to 2 or more'),
   ],
 )
-def test_constraints_that_make_no_sense_are_refused(section, rounds, message):
+def test_constraints_that_make_no_sense_are_refused(section, number, message):
   good = constrained.get_config().constraint.to_dict()
-  online.read_constraint(good, rounds=2)
+  rounds.read_constraint(good, rounds=2)
   section = section if 'name' in section else good | section
   with pytest.raises(ValueError, match=message):
-    online.read_constraint(section, rounds=rounds)
+    rounds.read_constraint(section, rounds=number)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 from dpo_jax import conversions
 from dpo_jax import metrics
 from dpo_jax import objectives
-from dpo_jax import online
 from dpo_jax import policies
 from dpo_jax import reward_models
 from dpo_jax import rewards
+from dpo_jax import rounds
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import weights
@@ -246,7 +246,7 @@ def test_losses_of_heads_and_of_log_probs_are_not_summed():
 def test_rounds_refuse_a_reward_model(tmp_path):
   config = worlds.debug_config(tmp_path, 'loss=bradley_terry')
   with pytest.raises(ValueError, match='rounds train a policy'):
-    online.check_losses(config)
+    rounds.check_losses(config)
 
 
 def test_pairs_of_equal_rewards_are_dropped_and_counted(tmp_path):
