@@ -44,6 +44,13 @@ def check_accumulate(config, mesh):
     )
 
 
+# Numbers that this loop has besides those of `checks`.
+_NUMBERS = {
+  'data.row_length': '1 or more',
+  'eval.max_groups': '0 or more',
+}
+
+
 def check(config, mesh):
   """Refuses what is wrong with a config whatever its data and its model are.
 
@@ -62,13 +69,6 @@ def check(config, mesh):
       lambda: check_length(config),
     ]
   )
-
-
-# Numbers that this loop has besides those of `checks`.
-_NUMBERS = {
-  'data.row_length': '1 or more',
-  'eval.max_groups': '0 or more',
-}
 
 
 def check_data(config):

@@ -95,7 +95,7 @@ def test_a_run_comes_to_the_tilted_reference(tmp_path, monkeypatch):
       'num_steps': 60,
       'rollout.size': 128,
       'batch_size': 128,
-      'ppo.epochs': 2,
+      'ppo.epochs': 4,
       'ppo.lam': 1.0,
       'ppo.value_coef': 1.0,
       'ppo.value_clip': 9.0,

@@ -291,6 +291,7 @@ def test_a_run_learns_its_reward_and_others_read_its_policy(
       'kl.coef': 0.02,
       'eval.every': 0,
       'eval.samples.num_prompts': 8,
+      'eval.samples.ranker': 'letters',
     }
   )
   run = tmp_path / 'run'
@@ -299,6 +300,9 @@ def test_a_run_learns_its_reward_and_others_read_its_policy(
   assert len(reward) == 16 and np.mean(reward[-2:]) > 2.0 * reward[0]
   kl, sampled = (values_of(run, f'samples/{n}') for n in ('kl', 'reward'))
   assert kl[0] == 0.0 and kl[-1] > 0.1 and sampled[-1] > 2.0 * sampled[0]
+  one, two = (values_of(run, f'samples/best_of_{n}/reward') for n in (1, 2))
+  np.testing.assert_allclose(one, sampled)
+  assert two[-1] > one[-1]  # of two samples a prompt
   assert max(values_of(run, 'train/first_ratio_gap')) < 1e-4
   value, returns = (values_of(run, f'train/{n}') for n in ('value', 'return'))
   assert abs(value[0]) < 1e-5 and value[-1] > 0.5 * returns[-1] > 0.5
