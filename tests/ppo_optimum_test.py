@@ -31,6 +31,9 @@ from tests import worlds
 LETTERS, EOS = 'abc', 3
 MODEL = dataclasses.replace(worlds.LLAMA, vocab_size=4, num_layers=1)
 BETA = 0.7
+# All begin with another letter than the one that is asked for: a model without
+# positions of its own cannot tell 'a' from 'aa'.
+PROMPTS = ('ca', 'cb')
 
 
 class Letters(tokenizers.ByteTokenizer):
@@ -48,8 +51,8 @@ class Letters(tokenizers.ByteTokenizer):
 
 
 def repeats(prompts, responses):
-  """Counts the prompt's letter in each response."""
-  return [y.count(x) for x, y in zip(prompts, responses, strict=True)]
+  """Counts the prompt's last letter in each response."""
+  return [y.count(x[-1]) for x, y in zip(prompts, responses, strict=True)]
 
 
 # All responses of at most two tokens: a cut one has no EOS.
@@ -57,11 +60,11 @@ RESPONSES = [(EOS,), *itertools.product(range(3), range(4))]
 
 
 def distribution(params, prompt):
-  """Returns the probabilities of `RESPONSES` after a letter."""
-  out = []
+  """Returns the probabilities of `RESPONSES` after a prompt."""
+  out, encoded = [], Letters().encode(prompt)
   for response in RESPONSES:
-    tokens = np.array([[LETTERS.index(prompt), *response, 0][:3]])
-    logps = worlds.plain_log_probs(MODEL, params, tokens)
+    tokens = np.array([[*encoded, *response, 0][: len(encoded) + 2]])
+    logps = worlds.plain_log_probs(MODEL, params, tokens)[len(encoded) - 1 :]
     out.append(sum(logps[t, token] for t, token in enumerate(response)))
   return np.exp(np.array(out, np.float64))
 
@@ -83,7 +86,7 @@ def test_a_run_comes_to_the_tilted_reference(tmp_path, monkeypatch):
   )
   monkeypatch.setitem(rewards.REWARDS, 'repeats', repeats)
   path = tmp_path / 'prompts.jsonl'
-  path.write_text(''.join(json.dumps({'prompt': x}) + '\n' for x in 'ab'))
+  path.write_text(''.join(json.dumps({'prompt': x}) + '\n' for x in PROMPTS))
   config = configs.get_config('debug,kl=fixed')
   config.update_from_flattened_dict(
     {
@@ -92,7 +95,7 @@ def test_a_run_comes_to_the_tilted_reference(tmp_path, monkeypatch):
       'reward.name': 'repeats',
       'reward.normalize': 'none',
       'kl.coef': BETA,
-      'num_steps': 60,
+      'num_steps': 80,
       'rollout.size': 128,
       'batch_size': 128,
       'ppo.epochs': 4,
@@ -114,14 +117,12 @@ def test_a_run_comes_to_the_tilted_reference(tmp_path, monkeypatch):
   start = jax.device_get(start.trained)
   trained = heads.without(jax.device_get(ppo.run(config, tmp_path / 'run')))
   texts = [Letters().decode(y[: len(y) - (EOS in y)]) for y in RESPONSES]
-  for prompt in 'ab':
+  for prompt in PROMPTS:
     ref, found = (distribution(x, prompt) for x in (start, trained))
     np.testing.assert_allclose([ref.sum(), found.sum()], 1.0, atol=1e-5)
     reward = np.array(repeats([prompt] * len(texts), texts))
     tilted = ref * np.exp(reward / BETA)
-    best = BETA * np.log(tilted.sum())
     tilted /= tilted.sum()
-    assert kl(ref, tilted) > 0.4
-    assert kl(found, tilted) < 0.01
-    objective = found @ reward - BETA * kl(found, ref)
-    assert best - 0.01 < objective <= best + 1e-5
+    # The objective lacks beta times this KL of its best value.
+    assert kl(ref, tilted) > 0.5
+    assert kl(found, tilted) < 0.02
