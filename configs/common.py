@@ -164,6 +164,7 @@ def training(arg):
     top_p=1.0,
     batch_size=32,  # sampled at once
     reward='none',  # a name, see dpo_jax/rewards.py
+    ranker='none',  # a reward: what the best of a prompt's samples by it has
     cost='none',  # a name of rewards.CONSTRAINTS
     judges=(),  # names of rewards that are measured besides
   )

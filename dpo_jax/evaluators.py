@@ -14,6 +14,7 @@ from dpo_jax import logps
 from dpo_jax import objectives
 from dpo_jax import processes
 from dpo_jax import rewards
+from dpo_jax import reweighting
 from dpo_jax import sampling
 from dpo_jax import sharding
 from dpo_jax.data import batches
@@ -27,6 +28,7 @@ COLUMNS = (
   'kl_sampled',
   'entropy',
   'reward',
+  'ranker',
   'cost',
   'distinct_2',
   'prompt',
@@ -200,9 +202,8 @@ def make_samples(
   temperature,
   top_p,
   batch_size,
-  reward,
+  scorers,
   cost,
-  judges,
 ):
   """Returns the evaluator that samples from held-out prompts and scores.
 
@@ -220,9 +221,9 @@ def make_samples(
       reported.
     top_p: nucleus.
     batch_size: samples computed at once.
-    reward: of `reward_models.get`, or None.
+    scorers: {column: (name, reward)}, what is measured of the texts: perhaps
+      'reward', and 'ranker', by which `best_of_n` takes the best; judges.
     cost: name of a constraint score, or 'none'.
-    judges: {name: reward}, measured besides: what nothing is trained on.
 
   The evaluator maps (variables, ref_variables) to (values, records): means
   over samples with standard errors over prompts, and every text; without
@@ -264,20 +265,27 @@ def make_samples(
       columns |= compare(variables, ref_variables, plan)
     texts = response_texts(samples, tokenizer)
     begun = prompt_texts(repeated, tokenizer)
-    if reward:
-      columns['reward'] = rewards.score(
-        reward, begun, texts, ended=samples.ended
-      )
-    for name, judge in judges.items():
-      columns[name] = rewards.score(judge, begun, texts, ended=samples.ended)
+    scores = {}
+    for column, (name, reward) in scorers.items():
+      if name not in scores:  # the ranker may be the reward
+        scores[name] = rewards.score(
+          reward, begun, texts, name=name, ended=samples.ended
+        )
+      columns[column] = scores[name]
     if constraint:
       columns['cost'] = rewards.score_constraint(constraint, begun, texts)
     values = {'distinct_2': rewards.distinct_n(texts, 2)}
-    for name, column in columns.items():
-      by_prompt = np.reshape(column, (len(prompts), -1)).mean(1)
-      values[name] = by_prompt.mean()
-      if len(prompts) > 1:
-        values[f'{name}_se'] = by_prompt.std(ddof=1) / len(prompts) ** 0.5
+    columns_NS = {
+      name: np.reshape(column, (len(prompts), samples_per_prompt))
+      for name, column in columns.items()
+    }
+    for name, column_NS in columns_NS.items():
+      values |= over_prompts(name, column_NS.mean(1))
+    if 'ranker' in scorers:
+      judged = [name for name in columns if name in (*scorers, 'cost')]
+      values |= best_of_n(
+        columns_NS['ranker'], {name: columns_NS[name] for name in judged}
+      )
     records = [
       {'prompt': prompt, 'response': text}
       | {name: float(column[i]) for name, column in columns.items()}
@@ -286,3 +294,34 @@ def make_samples(
     return values, records
 
   return evaluate
+
+
+def over_prompts(name, values_N):
+  """Returns a mean and, of more prompts than one, its standard error."""
+  out = {name: values_N.mean()}
+  if len(values_N) > 1:
+    out[f'{name}_se'] = values_N.std(ddof=1) / len(values_N) ** 0.5
+  return out
+
+
+def best_of_n(ranker_NS, columns_NS):
+  """Returns what the best of n samples is expected to have.
+
+  {'best_of_4/reward': ..., 'best_of_4/reward_se': ...} for n = 1, 2, 4, ... and
+  S: means over prompts of `reweighting.best_of` all S samples of each, with
+  their standard errors. `best_of_4/kl` is the KL, in nats, of choosing the best
+  of 4 to the policy that sampled (`reweighting.best_of_kl`).
+
+  Args:
+    ranker_NS: scores of S samples of N prompts, of which the highest is best.
+    columns_NS: {name: what else is known of them}.
+  """
+  most, values = ranker_NS.shape[1], {}
+  for n in [*(2**k for k in range(most.bit_length()) if 2**k < most), most]:
+    weights_NS = reweighting.best_of(n, ranker_NS)
+    for name, column_NS in columns_NS.items():
+      mean_N = (weights_NS * column_NS).sum(1)
+      values |= over_prompts(f'best_of_{n}/{name}', mean_N)
+    kl_N = reweighting.best_of_kl(n, ranker_NS)
+    values |= over_prompts(f'best_of_{n}/kl', kl_N)
+  return values

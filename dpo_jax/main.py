@@ -118,6 +118,7 @@ def prepare(config, workdir):
   mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
   model = policies.open_source(config.model.source)
   tokenizer = policies.templated(model.tokenizer, config.data.chat_template)
+  train.check(config, mesh)
   terms = runs.bind_losses(config)
   groups, report = runs.load_groups(config.data, tokenizer, model.config, terms)
   plan = train.training_plan(
@@ -168,8 +169,10 @@ def evaluate(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   with sharding.use(mesh):
     if 'ppo' in config:
+      ppo.check(config, mesh)
       run, _ = ppo.set_up(config, mesh)
     else:
+      train.check(config, mesh)
       run = runs.set_up(config, mesh, splits=('test',))
     items, step = {'params': run.policy.trained}, 0
     if config.reference.mode == 'ema':

@@ -31,14 +31,13 @@ from dpo_jax import processes
 from dpo_jax import report
 from dpo_jax import reward_models
 from dpo_jax import rewards
-from dpo_jax import runs
+from dpo_jax import rounds
 from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import workdirs
 from dpo_jax.data import examples
 from dpo_jax.data import openings
-from dpo_jax.losses import table
 
 _CURVES = (
   'train/loss',
@@ -48,17 +47,6 @@ _CURVES = (
   'samples/kl',
 )
 _EXAMPLES = 6  # texts shown in the report
-# Keys of `config.train` that the loop sets, and what they are before.
-_SET_HERE = {
-  'seed': -1,
-  'init': '',
-  'data.source': '',
-  'eval.samples.prompts': '',
-  'eval.samples.reward': '',
-  'eval.samples.cost': '',
-}
-# Other keys of config.constraint, where there is one.
-_DUAL = ('budget', 'lr', 'multiplier', 'start')
 
 
 def run(config, workdir):
@@ -66,8 +54,8 @@ def run(config, workdir):
 
   Args:
     config: `settings.Settings` with the keys of configs/quickstart.py.
-      `config.train` is a config of `train` in which the keys of `_SET_HERE`
-      are left to the loop.
+      `config.train` is a config of `train` in which the keys of
+      `rounds.SET_HERE` are left to the loop.
     workdir: directory of all rounds; what is finished there is not redone.
   """
   with workdirs.held(workdir), processes.heed_sigterm():
@@ -76,23 +64,17 @@ def run(config, workdir):
 
 def _run(config, workdir):
   # -------------------------------------------------------------- config ----
+  rounds.check(config, sharding.make_mesh(**config.train.mesh))
   workdir = os.path.abspath(workdir)  # it is part of each round's config
   prompts = read_prompts(config.prompts)
-  seed, rounds = config.seed, config.rounds
+  seed = config.seed
   how, reward = dict(config.sampling), config.reward
   train_config = config.train.as_dict()
-  check_train_config(train_config, max_new_tokens=how['max_new_tokens'])
-  check_losses(config.train)
   score = reward_models.get(reward)
-  constraint, cost, dual = read_constraint(config.constraint, rounds=rounds)
+  constraint, cost, dual = rounds.read_constraint(
+    config.constraint, rounds=config.rounds
+  )
   multiplier, start = dual.pop('multiplier'), dual.pop('start')
-  if train_config['reference']['mode'] == 'adapter_off' and (
-    rounds > 1 and start == 'last'
-  ):
-    raise ValueError(
-      'train.reference.mode is adapter_off, but later rounds begin with the'
-      " last one's adapter; choose another reference, or set rounds to 1"
-    )
   config.check_all_read(but='train')  # `train` checks its own part
   workdirs.claim(workdir, config, json.dumps(prompts))
   heldout = os.path.join(workdir, 'heldout.jsonl')
@@ -100,28 +82,28 @@ def _run(config, workdir):
     write_lines(heldout, [{'prompt': text} for text in prompts['test']])
 
   texts = []
-  for number in range(1, rounds + 1):
+  for number in range(1, config.rounds + 1):
     directory = os.path.join(workdir, f'round_{number}')
     pairs = os.path.join(directory, 'pairs.jsonl')
-    train_config['seed'] = seed + number - 1
-    train_config['data']['source'] = pairs
-    train_config['eval']['samples'] |= {
-      'prompts': heldout,
-      'reward': reward,
-      'cost': constraint,
+    values = {
+      'seed': seed + number - 1,
+      'data.source': pairs,
+      'eval.samples.prompts': heldout,
+      'eval.samples.reward': reward,
+      'eval.samples.cost': constraint,
     }
     if number > 1 and start == 'last':
-      before = os.path.join(workdir, f'round_{number - 1}', 'train')
-      train_config['init'] = before
-    round_config = settings.Settings(train_config)
+      values['init'] = os.path.join(workdir, f'round_{number - 1}', 'train')
+    of_round = settings.Settings(rounds.round_config(train_config, values))
 
     # ------------------------------------------------ sample, score, pair ----
     if not processes.agreed(os.path.exists(pairs)):
       write_pairs(
-        round_config,
+        of_round,
         prompts['train'],
         directory,
         score,
+        name=reward,
         cost=cost,
         multiplier=multiplier,
         **how,
@@ -129,7 +111,7 @@ def _run(config, workdir):
     processes.wait('pairs')
 
     # --------------------------------------------------------------- train ----
-    train.train(round_config, os.path.join(directory, 'train'))
+    train.train(of_round, os.path.join(directory, 'train'))
     processes.poll()
 
     # -------------------------------------------------- multiplier, report ----
@@ -144,86 +126,6 @@ def _run(config, workdir):
   return '\n'.join(texts)
 
 
-def read_constraint(section, *, rounds):
-  """Returns (name, cost function, other keys) of config.constraint.
-
-  Without a constraint there is no cost function, and what follows from it.
-  """
-  dual = dict(section)
-  name = dual.pop('name')
-  if name == 'none':
-    if dual:
-      raise ValueError(
-        f"constraint.name is 'none', so constraint.{min(dual)} would do"
-        f' nothing; name one of {", ".join(rewards.CONSTRAINTS)}, or use'
-        ' configs/quickstart.py'
-      )
-    return name, None, {'multiplier': 0.0, 'start': 'last'}
-  cost = rewards.get_constraint(name)
-  if set(dual) != set(_DUAL):
-    raise ValueError(
-      f'constraint {name!r} takes {", ".join(_DUAL)}, got {sorted(dual)}; use'
-      ' configs/constrained.py, which has them'
-    )
-  constraints.check(**{key: dual[key] for key in _DUAL if key != 'start'})
-  if dual['start'] not in ('first', 'last'):
-    raise ValueError(
-      f"constraint.start is {dual['start']!r}; use 'first' or 'last', whose"
-      ' policy a round starts from'
-    )
-  if rounds < 2:
-    raise ValueError(
-      f'the multiplier of constraint {name!r} moves after a round, and rounds'
-      f' is {rounds}; set rounds to 2 or more'
-    )
-  return name, cost, dual
-
-
-def check_train_config(config, *, max_new_tokens):
-  """Refuses what would fail, or be silently replaced, hours later."""
-  for name, value in _SET_HERE.items():
-    found = config
-    for part in name.split('.'):
-      found = found[part]
-    if found != value:
-      raise ValueError(
-        f'config.train.{name} is set by the loop; leave it as it is'
-      )
-  samples = config['eval']['samples']
-  if (
-    not samples['num_prompts']
-    or (samples['temperature'] != 1.0 or samples['top_p'] != 1.0)
-    or config['reference']['mode'] == 'cached'
-  ):
-    raise ValueError(
-      'the report needs reward and KL of held-out samples: set'
-      ' train.eval.samples.num_prompts, temperature 1 and top_p 1, and choose'
-      ' another reference than cached, which keeps no weights'
-    )
-  if max_new_tokens >= config['data']['max_response_tokens']:
-    raise ValueError(
-      f'sampling.max_new_tokens is {max_new_tokens}, which'
-      f' train.data.max_response_tokens'
-      f' {config["data"]["max_response_tokens"]} would cut; raise that above it'
-    )
-
-
-def check_losses(config):
-  """Refuses losses that the pairs of a round, which have no labels, lack."""
-  terms = runs.bind_losses(config)
-  if table.of_head(config.loss):
-    raise ValueError(
-      'rounds train a policy, not a reward model; choose a loss of log-probs'
-    )
-  if config.data.form != 'pairs':
-    raise ValueError(
-      f'train.data.form is {config.data.form!r}, but rounds write pairs; choose'
-      ' a loss of pairs'
-    )
-  runs.check_data([], terms, config.data.form)
-  runs.constraint(config.data.constraint, terms)
-
-
 def read_prompts(source):
   """Reads {'train': [text], 'test': [text]}.
 
@@ -232,13 +134,25 @@ def read_prompts(source):
   """
   if source == 'openings':
     return openings.openings()
-  with open(source) as f:
-    prompts = json.load(f)
-  if set(prompts) != {'train', 'test'}:
+  with open(source, 'rb') as f:
+    try:
+      prompts = json.load(f)
+    except ValueError as error:
+      raise ValueError(f'{source} is no JSON file: {error}') from error
+  if not isinstance(prompts, dict) or set(prompts) != {'train', 'test'}:
     raise ValueError(
       f"{source} must hold {{'train': [...], 'test': [...]}}, it has"
-      f' {sorted(prompts)}'
+      f' {[*prompts] if isinstance(prompts, dict) else prompts!r:.60}'
     )
+  for split, texts in prompts.items():
+    if not isinstance(texts, list) or not texts:
+      raise ValueError(f'{source}: {split} must be a list of texts, with one')
+    for number, text in enumerate(texts):
+      if not isinstance(text, str) or not text:
+        raise ValueError(
+          f'{source}: {split}[{number}] is {text!r:.40}; it must be a text, not'
+          ' an empty one'
+        )
   both = set(prompts['train']) & set(prompts['test'])
   if both:
     raise ValueError(
@@ -254,6 +168,7 @@ def write_pairs(
   directory,
   reward,
   *,
+  name,
   cost,
   multiplier,
   samples_per_prompt,
@@ -267,8 +182,8 @@ def write_pairs(
 
   The best and the worst completion of a prompt become its pair; a prompt whose
   completions all score the same has none, and is counted. pairs.jsonl appears
-  under its name only when it is whole. The score is the reward, less multiplier
-  times cost where there is a `cost`.
+  under its name only when it is whole. The score is the reward, whose name is
+  `name`, less multiplier times cost where there is a `cost`.
   """
   mesh = sharding.make_mesh(**config.mesh)
   policy = policies.open_policy(config, mesh)
@@ -291,7 +206,9 @@ def write_pairs(
       batch_size=batch_size,
     )
   responses = evaluators.response_texts(samples, tokenizer)
-  values = rewards.score(reward, repeated, responses, ended=samples.ended)
+  values = rewards.score(
+    reward, repeated, responses, name=name, ended=samples.ended
+  )
   columns = {'reward': values}
   if cost:
     columns['cost'] = rewards.score_constraint(cost, repeated, responses)

@@ -130,12 +130,8 @@ def abstract_policy(config, mesh, *, head=None):
 
   Nothing but a config.json is read. `dtype` 'auto' is that of accelerators.
   """
-  dtype = config.model.dtype
-  model_config = dataclasses.replace(
-    model_shape(config.model.source),
-    dtype='bfloat16' if dtype == 'auto' else dtype,
-    remat=config.model.remat,
-    scan_unroll=config.model.scan_unroll,
+  model_config = computed(
+    model_shape(config.model.source), config.model, auto='bfloat16'
   )
   boxed = jax.eval_shape(
     lambda: transformer.init_params(model_config, jax.random.key(0))
@@ -195,6 +191,20 @@ def model_shape(source):
 
 def open_adapter(section, model_config, *, key):
   """Opens what `config.adapter` says: (adapter, lora.Lora), or Nones."""
+  how = read_adapter(section)
+  if section['kind'] == 'peft':
+    family = families.family_like(model_config)
+    return adapters.load(section['source'], model_config, family=family)
+  if how is None:
+    return None, None
+  return lora.init_adapter(model_config, how, key), how
+
+
+def read_adapter(section):
+  """Returns the lora.Lora that `config.adapter` describes, None without one.
+
+  That of an adapter of PEFT's is in its folder, and None here.
+  """
   section = dict(section)
   kind = section.pop('kind')
   keys = names.look_up(ADAPTERS, 'adapter.kind', kind)
@@ -204,15 +214,9 @@ def open_adapter(section, model_config, *, key):
       f' {sorted(section)}; choose it behind the colon of --config'
       f' (adapter={kind}), which brings its keys'
     )
-  if kind == 'peft':
-    if not section['source']:
-      raise ValueError("set adapter.source to a folder of PEFT's")
-    family = families.family_like(model_config)
-    return adapters.load(section['source'], model_config, family=family)
-  if kind == 'lora':
-    how = lora.Lora(**section)
-    return lora.init_adapter(model_config, how, key), how
-  return None, None
+  if kind == 'peft' and not section['source']:
+    raise ValueError("set adapter.source to a folder of PEFT's")
+  return lora.Lora(**section) if kind == 'lora' else None
 
 
 def check_kin(workdir, config):
@@ -245,26 +249,49 @@ def start(policy):
   return policy.trained
 
 
-def check_adapter(policy, reference):
-  """Refuses a reference that an adapter, or its absence, makes another."""
-  if policy.base is None:
+def check_adapter(adapter, reference):
+  """Refuses sections of an adapter and of a reference that do not fit."""
+  read_adapter(adapter)
+  if adapter['kind'] == 'none':
     if reference['mode'] == 'adapter_off':
       raise ValueError(
         'reference.mode is adapter_off, but all weights are trained; choose'
         ' reference=frozen, or adapter=lora, behind the colon of --config'
       )
-  elif reference['mode'] == 'adapter_off' and start(policy) is not None:
+  elif reference['mode'] == 'ema' and reference['alpha'] != 1.0:
+    raise ValueError(
+      'a mean of the factors of two adapters is not the adapter of the mean'
+      ' weights; set reference.alpha to 1, the hard update'
+    )
+
+
+def check_adapter_off(policy, reference):
+  """Refuses to turn an adapter off that training does not begin without."""
+  if reference['mode'] == 'adapter_off' and start(policy) is not None:
     raise ValueError(
       'reference.mode is adapter_off, but the adapter that training begins with'
       ' already changes the model, so the reference would not be the policy it'
       ' begins with; choose reference=frozen or reference=cached behind the'
       ' colon of --config'
     )
-  elif reference['mode'] == 'ema' and reference['alpha'] != 1.0:
-    raise ValueError(
-      'a mean of the factors of two adapters is not the adapter of the mean'
-      ' weights; set reference.alpha to 1, the hard update'
-    )
+
+
+def check_model(model):
+  """Refuses how a config's model is computed, whichever model it is."""
+  computed(presets.DEBUG['debug-llama'], model, auto='float32')
+
+
+def computed(model_config, model, *, auto):
+  """Returns a TransformerConfig, computed as the config's section says.
+
+  `auto` is the type that dtype 'auto' is.
+  """
+  return dataclasses.replace(
+    model_config,
+    dtype=auto if model.dtype == 'auto' else model.dtype,
+    remat=model.remat,
+    scan_unroll=model.scan_unroll,
+  )
 
 
 def open_model(model, *, mesh, param_dtype='float32'):
@@ -277,9 +304,7 @@ def open_model(model, *, mesh, param_dtype='float32'):
     param_dtype: 'float32' for parameters that are trained; 'compute' stores
       them as they are computed with, all but norms, which are always float32.
   """
-  dtype = model.dtype
-  if dtype == 'auto':
-    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  here = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   with processes.one_first():  # who downloads
     checkpoint = open_source(model.source)
   if checkpoint.tokenizer is None:
@@ -287,13 +312,8 @@ def open_model(model, *, mesh, param_dtype='float32'):
       f'{checkpoint.source} has no tokenizer; put tokenizer.json, or vocab.json'
       ' and merges.txt, beside the weights'
     )
-  config = dataclasses.replace(
-    checkpoint.config,
-    dtype=dtype,
-    remat=model.remat,
-    scan_unroll=model.scan_unroll,
-  )
-  dtypes = {'float32': 'float32', 'compute': dtype}
+  config = computed(checkpoint.config, model, auto=here)
+  dtypes = {'float32': 'float32', 'compute': config.dtype}
   stored = names.look_up(dtypes, 'param_dtype', param_dtype)
   boxed = jax.eval_shape(
     lambda: transformer.init_params(config, jax.random.key(0))

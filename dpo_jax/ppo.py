@@ -17,6 +17,7 @@ the policy leaves out.
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 import tqdm
 
+from dpo_jax import checks
 from dpo_jax import evaluators
 from dpo_jax import names
 from dpo_jax import policies
@@ -34,6 +36,7 @@ from dpo_jax import reward_models
 from dpo_jax import rl
 from dpo_jax import rollouts
 from dpo_jax import runs
+from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import steps
 from dpo_jax import updates
@@ -64,34 +67,74 @@ def run(config, workdir):
 # --- Set-up -------------------------------------------------------------------
 
 
+# Numbers that this loop has besides those of `checks`.
+_NUMBERS = {
+  'num_steps': '1 or more',
+  'rollout.size': '1 or more',
+  'rollout.batch_size': '1 or more',
+  'reward.no_eos_penalty': '0 or more',
+  'kl.coef': '0 or more',
+  'ppo.epochs': '1 or more',
+  'ppo.gamma': 'a number from 0 to 1',
+  'ppo.lam': 'a number from 0 to 1',
+  'ppo.clip': 'a number above 0',
+  'ppo.value_clip': 'a number above 0',
+  'ppo.value_coef': '0 or more',
+}
+
+
 def check(config, mesh):
-  """Refuses sizes and choices that do not fit together."""
-  size, batch_size = config.rollout.size, config.batch_size
-  updates.check_micro_batches(config, mesh)
-  if size < 1 or size % batch_size:
+  """Refuses what is wrong with a config whatever its data and its model are.
+
+  All of it, a line each. `mesh` may be an abstract one.
+  """
+  config = settings.Settings(config.as_dict())  # to check is not to use
+  normalize, estimator = config.reward.normalize, config.kl.estimator
+  checks.call(
+    [
+      *checks.of_training(config, mesh, reward=config.reward.name),
+      checks.numbers(config, _NUMBERS),
+      lambda: check_rollout(config.rollout, config.batch_size),
+      lambda: check_reward(config.reward.name),
+      lambda: check_kl(dict(config.kl)),
+      lambda: rollouts.check_source(config.data),
+      lambda: names.look_up(rl.NORMALIZERS, 'reward.normalize', normalize),
+      lambda: names.look_up(rl.KL_ESTIMATORS, 'kl.estimator', estimator),
+      lambda: names.look_up(
+        REFERENCES, 'reference of PPO', config.reference.mode
+      ),
+    ]
+  )
+
+
+def check_rollout(rollout, batch_size):
+  """Refuses sizes of a rollout and of its minibatches that do not fit."""
+  if batch_size > 0 and rollout.size % batch_size:
+    near = max(rollout.size // batch_size, 1) * batch_size
     raise ValueError(
-      f'rollout.size {size} is not a multiple of batch_size {batch_size}, the'
-      f' samples of a minibatch; use {max(size // batch_size, 1) * batch_size}'
+      f'rollout.size {rollout.size} is not a multiple of batch_size'
+      f' {batch_size}, the samples of a minibatch; use {near}'
     )
-  for name, value in [
-    ('num_steps', config.num_steps),
-    ('ppo.epochs', config.ppo.epochs),
-  ]:
-    if value < 1:
-      raise ValueError(f'{name} is {value}; use 1 or more')
-  names.look_up(REFERENCES, 'reference of PPO', config.reference.mode)
-  if not config.reward.name:
+  if rollout.temperature != 1.0:
+    raise ValueError(
+      f'rollout.temperature is {rollout.temperature}: its samples would be of'
+      ' another policy than the one whose log-probabilities and KL are trained;'
+      ' set it to 1'
+    )
+
+
+def check_reward(name):
+  """Refuses what is no name of a reward."""
+  if not name:
     raise ValueError(
       'reward.name is empty; set it to the name of a reward, such as'
       ' model:WORKDIR of a reward model'
     )
-  if config.rollout.temperature != 1.0:
-    raise ValueError(
-      f'rollout.temperature is {config.rollout.temperature}: its samples would'
-      ' be of another policy than the one whose log-probabilities and KL are'
-      ' trained; set it to 1'
-    )
-  kl = dict(config.kl)
+  reward_models.check(name)
+
+
+def check_kl(kl):
+  """Refuses a section `kl` whose keys and numbers do not fit its kind."""
   keys = names.look_up(rl.KL_CONTROLLERS, 'kl.kind', kl['kind'])
   if set(kl) != {'kind', 'coef', 'estimator', *keys}:
     raise ValueError(
@@ -100,8 +143,14 @@ def check(config, mesh):
       f' --config (kl={kl["kind"]}), which brings its keys'
     )
   for name in keys:
-    if kl[name] <= 0.0:
-      raise ValueError(f'kl.{name} is {kl[name]}; use a positive number')
+    if not 0.0 < kl[name] < math.inf:
+      raise ValueError(f'kl.{name} is {kl[name]}; use a number above 0')
+  if keys and not kl['coef']:
+    raise ValueError(
+      f'kl.coef is 0, which {kl["kind"]} control, that multiplies it, never'
+      ' changes; set it above 0, or choose kl=fixed behind the colon of'
+      ' --config'
+    )
 
 
 def set_up(config, mesh):
@@ -115,7 +164,7 @@ def set_up(config, mesh):
   policy = policies.open_policy(config, mesh, head=0.0)
   tokenizer = policies.templated(policy.tokenizer, config.data.chat_template)
   policy = dataclasses.replace(policy, tokenizer=tokenizer)
-  policies.check_adapter(policy, dict(config.reference))
+  policies.check_adapter_off(policy, dict(config.reference))
   with processes.one_first():  # who downloads and prepares
     prompts, report = rollouts.load_prompts(
       config.data, tokenizer, policy.config
@@ -138,7 +187,12 @@ def set_up(config, mesh):
     report += f'\n{both} of {len(heldout)} held-out prompts are trained on too'
   tqdm.tqdm.write(report, file=sys.stderr)
   sample = runs.sample_evaluator(
-    config, heldout, policy.config, tokenizer, mesh, reward=reward
+    config,
+    heldout,
+    policy.config,
+    tokenizer,
+    mesh,
+    reward=(config.reward.name, reward),
   )
   began = runs.frozen_start(policy)  # None: the model without its adapter
 
@@ -218,6 +272,8 @@ def _run(config, workdir, mesh):
     policy.config,
     policy.tokenizer,
     reward,
+    name=config.reward.name,
+    temperature=config.rollout.temperature,
     max_new_tokens=config.data.max_response_tokens,
     batch_size=config.rollout.batch_size,
   )

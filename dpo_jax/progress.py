@@ -101,12 +101,6 @@ class Progress:
     if self._resume:
       workdirs.check_same(self._resume, config, resumed)
     config.check_all_read()
-    checkpoint.check(
-      keep=self._keep,
-      best=self._best,
-      every=self._every['save'],
-      eval_every=self._every['evaluate'],
-    )
     workdirs.claim(workdir, config, data)
     self._directory = os.path.join(workdir, 'checkpoints')
     self._own = checkpoint.steps(self._directory)  # made by this run

@@ -16,7 +16,6 @@ import numpy as np
 from dpo_jax import evaluators
 from dpo_jax import logps
 from dpo_jax import metrics
-from dpo_jax import names
 from dpo_jax import objectives
 from dpo_jax import policies
 from dpo_jax import processes
@@ -31,14 +30,18 @@ from dpo_jax.losses import table
 from dpo_jax.models import heads
 from dpo_jax.models import transformer
 
-# Whose mean score becomes 0 -> what evaluations call it. All are what the
-# pairs were sampled from; chosen are InstructGPT's demonstrations.
-CENTERS = {
-  'none': None,
-  'all': 'heldout/rewards/mean',
-  'chosen': 'heldout/rewards/chosen',
-}
+# What evaluations call the score that becomes 0.
+_MEAN = 'heldout/rewards/mean'
 _SHORTEST = 16  # tokens of the smallest shape that is compiled
+
+
+def check(name):
+  """Refuses a name that no reward has, as far as tables can tell."""
+  kind, _, workdir = str(name).partition(':')
+  if kind != 'model':
+    rewards.check(name)
+  elif not workdir:
+    raise ValueError(f'reward {name!r}: write model:WORKDIR of a reward model')
 
 
 def get(name, *, mesh=None):
@@ -54,36 +57,34 @@ def get(name, *, mesh=None):
   return rewards.get(name)
 
 
-def get_judges(names_of, *, mesh=None):
-  """Returns {title: reward} of the names of several rewards.
+def titles(judges):
+  """Returns {title: name} of the names of several rewards.
 
   A title is what an evaluation calls the judge's column: the name, or what its
-  file, folder or function is called.
+  file, folder, function or rule is called.
   """
-  judges = {}
-  for name in names_of:
+  found = {}
+  for name in judges:
     kind, _, rest = str(name).partition(':')
     path = pathlib.PurePath(rest or kind)
     title = path.suffix[1:] if kind == 'python' else path.stem
-    if title in judges or title in evaluators.COLUMNS:
+    if title in found or title in evaluators.COLUMNS:
       raise ValueError(
         f'judge {name!r} would be called {title!r}, as another column of'
         ' samples is; give it another file name'
       )
-    judges[title] = get(name, mesh=mesh)
-  return judges
+    found[title] = name
+  return found
 
 
-def load(workdir, *, which='newest', mesh=None, center='all'):
+def load(workdir, *, which='newest', mesh=None):
   """Opens the reward model of a run.
 
   Args:
     workdir: of the run.
     which: checkpoint, see `checkpoint`.
     mesh: of the devices it goes to; None: all, side by side.
-    center: whose mean score becomes 0, of `CENTERS`.
   """
-  metric = names.look_up(CENTERS, 'center', center)
   saved = workdirs.read_config(workdir)
   if not saved or not table.of_head(saved.get('loss', {})):
     raise ValueError(
@@ -96,9 +97,6 @@ def load(workdir, *, which='newest', mesh=None, center='all'):
   policy = policies.open_policy(
     config, mesh, workdir=workdir, which=which, head=0.0
   )
-  offset = 0.0
-  if metric:
-    offset = _measured(workdir, policy.step, metric, center)
   return RewardModel(
     policy,
     policies.templated(policy.tokenizer, config.data.chat_template),
@@ -107,22 +105,22 @@ def load(workdir, *, which='newest', mesh=None, center='all'):
     max_response_tokens=config.data.max_response_tokens,
     row_length=config.data.row_length,
     batch_size=config.eval.batch_size,
-    offset=offset,
+    offset=_mean_score(workdir, policy.step),
   )
 
 
-def _measured(workdir, step, metric, center):
+def _mean_score(workdir, step):
   """Returns what the evaluation at a checkpoint's step has written."""
   found = [
-    record[metric]
+    record[_MEAN]
     for record in metrics.read(workdir)
-    if record['step'] == step and metric in record
+    if record['step'] == step and _MEAN in record
   ]
   if not found:
     raise ValueError(
-      f'{workdir!r} has no {metric} of step {step}, which center {center!r}'
-      ' takes off; let checkpoint.every be a multiple of eval.every and hold'
-      " some data out, or load it with center='none'"
+      f'{workdir!r} has no {_MEAN} of step {step}, which is taken off its'
+      ' scores; let checkpoint.every be a multiple of eval.every and hold some'
+      ' data out'
     )
   return found[-1]
 

@@ -9,6 +9,8 @@ table is `CONSTRAINTS`.
 Names of rewards, as configs write them:
 
   length, vader                 of `REWARDS`
+  rule:NAME                     1 - a score of `CONSTRAINTS`: 1 where a rule is
+                                kept
   sentiment:PATH                log odds of a classifier's file (`sentiment`)
   sentiment_probability:PATH    its probability of a positive text
   python:MODULE.FUNCTION        any function of yours
@@ -81,6 +83,14 @@ def negative(prompts, responses):
   return (1.0 - _compounds(responses)) / 2.0
 
 
+def rule(name):
+  """Returns the reward 1 - score of a constraint: 1 where the rule is kept."""
+  constraint = get_constraint(name)
+  return lambda prompts, responses: (
+    1.0 - score_constraint(constraint, prompts, responses)
+  )
+
+
 def log_odds(path):
   """Returns the reward log(P(positive) / P(negative)) of prompt + response.
 
@@ -132,11 +142,27 @@ def function(path):
 REWARDS = {'vader': vader, 'length': length}
 # What stands before the colon of a name -> what makes a reward of the rest.
 MAKERS = {
+  'rule': rule,
   'sentiment': log_odds,
   'sentiment_probability': probability,
   'python': function,
 }
 CONSTRAINTS = {'digits': digits, 'negative': negative}
+# Kinds whose rest is a name of a table; what other kinds name is on a disk.
+_OF_TABLES = ('rule',)
+# Kinds of NumPy's arrays that are no numbers: texts, complex ones, dates.
+_NO_NUMBERS = 'USMmc'
+
+
+def check(name):
+  """Refuses a name that no reward has, as far as tables can tell."""
+  kind, colon, rest = str(name).partition(':')
+  if not colon or kind in _OF_TABLES:
+    get(name)
+    return
+  names.look_up(MAKERS, 'kind of reward', kind)
+  if not rest:
+    raise ValueError(f'reward {name!r} names nothing behind its colon')
 
 
 def get(name):
@@ -152,10 +178,12 @@ def get_constraint(name):
   return names.look_up(CONSTRAINTS, 'constraint', name)
 
 
-def score(reward, prompts, responses, *, ended=None):
+def score(reward, prompts, responses, *, name='', ended=None):
   """Returns `reward(prompts, responses)` after checking its numbers.
 
-  `ended`, bool [N], is for who looks at it; None: all responses did.
+  They are float64 [N], and finite in float32, in which they are learned from.
+  `name` is what errors call the reward. `ended`, bool [N], is for who looks at
+  it; None: all responses did.
   """
   if len(prompts) != len(responses):
     raise ValueError(
@@ -163,20 +191,49 @@ def score(reward, prompts, responses, *, ended=None):
       ' prompt to every response'
     )
   more = {'ended': ended} if isinstance(reward, EndAware) else {}
-  values = np.asarray(reward(prompts, responses, **more), dtype=float)
+  returned = reward(prompts, responses, **more)
+  name = f'reward {name!r}' if name else 'reward'
+  values = _numbers(returned, name)
   if values.shape != (len(responses),):
+    # The first text without a number, where it is one number a text.
+    n = len(values) if values.ndim == 1 else 0
     raise ValueError(
-      f'the reward returned shape {values.shape} for {len(responses)}'
-      f' responses; it must return {(len(responses),)}'
+      f'the {name} returned shape {values.shape} for {len(responses)}'
+      f' responses; it must return {(len(responses),)}, so a number also for'
+      + _shown(prompts, responses, min(n, len(responses) - 1))
     )
-  finite = np.isfinite(values)
+  with np.errstate(over='ignore'):
+    finite = np.isfinite(np.float32(values))
   if not finite.all():
     n = int(np.argmin(finite))
+    large = ', too large for float32' if np.isfinite(values[n]) else ''
     raise ValueError(
-      f'the reward of text {n} is {values[n]}; make the reward finite for'
-      f'\n  prompt:   {prompts[n]!r}\n  response: {responses[n]!r}'
+      f'the {name} of text {n} is {values[n]}{large}; make the reward finite'
+      f' for{_shown(prompts, responses, n)}'
     )
   return values
+
+
+def _numbers(returned, name):
+  """Returns what a reward returned as float64; raises where that is none."""
+  try:
+    values = np.asarray(returned)
+    if values.dtype.kind not in _NO_NUMBERS:
+      return values.astype(np.float64)
+  except (TypeError, ValueError):  # ragged, or of anything
+    pass
+  shown = ' '.join(f'{returned!r:.80}'.split())
+  raise ValueError(
+    f'the {name} returned {shown}, which are no numbers; it must return one'
+    ' number for every response'
+  )
+
+
+def _shown(prompts, responses, n):
+  """Shows text `n` at the end of an error."""
+  if not responses:
+    return ' no text'
+  return f'\n  prompt:   {prompts[n]!r}\n  response: {responses[n]!r}'
 
 
 def score_constraint(constraint, prompts, responses):
@@ -187,7 +244,7 @@ def score_constraint(constraint, prompts, responses):
     n = int(np.argmax(outside))
     raise ValueError(
       f'the constraint score of text {n} is {values[n]}; scale the constraint'
-      f' into [0, 1]\n  prompt:   {prompts[n]!r}\n  response: {responses[n]!r}'
+      f' into [0, 1]{_shown(prompts, responses, n)}'
     )
   return values
 

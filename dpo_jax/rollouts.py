@@ -26,6 +26,7 @@ from dpo_jax import rl
 from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax.data import batches
+from dpo_jax.data import builders
 from dpo_jax.data import examples
 from dpo_jax.data import openings
 from dpo_jax.losses import table
@@ -43,13 +44,33 @@ class Rollout(NamedTuple):
 # --- Prompts, samples, rewards ------------------------------------------------
 
 
+_FILE = 'prompts'  # the task of a file of them
+
+
+def _terms():
+  """Terms that any text with a prompt will do for."""
+  return table.bind(table.section('sft'))
+
+
+def check_source(data):
+  """Refuses prompts that there cannot be; no file is looked for."""
+  names.look_up({_FILE: None} | builders.BUILDERS, 'data.task', data.task)
+  if data.task != _FILE:
+    runs.check_source(data, _terms())
+    runs.constraint(data.constraint, _terms())
+  elif not data.source:
+    raise ValueError(
+      'data.source is empty; set it to a file of prompts, or to openings'
+    )
+
+
 def load_prompts(data, tokenizer, model_config):
   """Reads a config's data: ({'train': prompts, 'test': prompts}, report).
 
   Prompts are int32 arrays. They are those of a data set, each once, or of a
   file of prompts, which has no held-out ones; 'openings' has.
   """
-  if data.task == 'prompts':
+  if data.task == _FILE:
     examples.check_vocabulary(tokenizer, model_config.vocab_size)
     if data.source == 'openings':
       texts = openings.openings()
@@ -61,8 +82,7 @@ def load_prompts(data, tokenizer, model_config):
     }
     sizes = ', '.join(f'{split} {len(p):,}' for split, p in prompts.items())
     return prompts, f'prompts of {data.source}: {sizes}'
-  terms = table.bind(table.section('sft'))  # any text with a prompt will do
-  groups, report = runs.load_groups(data, tokenizer, model_config, terms)
+  groups, report = runs.load_groups(data, tokenizer, model_config, _terms())
   prompts = {
     split: list({tuple(g.prompt.tolist()): g.prompt for g in part}.values())
     for split, part in groups.items()
@@ -71,19 +91,28 @@ def load_prompts(data, tokenizer, model_config):
 
 
 def make_collect(
-  model_config, tokenizer, reward, *, max_new_tokens, batch_size
+  model_config,
+  tokenizer,
+  reward,
+  *,
+  name,
+  max_new_tokens,
+  temperature,
+  batch_size,
 ):
   """Returns (variables, prompts, key) -> Rollout.
 
-  Samples at temperature 1 without truncation, which is the policy itself: its
-  log-probabilities are those that PPO's ratio and KL are made of.
+  Nothing is truncated, and at temperature 1 samples are of the policy itself:
+  its log-probabilities are those that PPO's ratio and KL are made of.
 
   Args:
     model_config: of the policy.
     tokenizer: of the model.
     reward: of `rewards`; of several processes all compute it, and take what
       process 0 got.
+    name: of the reward, for its errors.
     max_new_tokens: M, where a response is cut.
+    temperature: of the samples.
     batch_size: samples computed at once.
   """
 
@@ -96,7 +125,7 @@ def make_collect(
       title='rollout',
       key=key,
       max_new_tokens=max_new_tokens,
-      temperature=1.0,
+      temperature=temperature,
       top_p=1.0,
       batch_size=batch_size,
     )
@@ -104,6 +133,7 @@ def make_collect(
       reward,
       evaluators.prompt_texts(prompts, tokenizer),
       evaluators.response_texts(samples, tokenizer),
+      name=name,
       ended=samples.ended,
     )
     return Rollout(
@@ -212,6 +242,38 @@ def first_memory(*, kl_coef):
   }
 
 
+def scores(rewards_N, ended_N, moments, *, normalize, no_eos_penalty):
+  """Returns what rewards count, and the moments that they were normalized by.
+
+  Args:
+    rewards_N: as the reward gave them.
+    ended_N: which responses have an EOS.
+    moments: of `rl.moments`, so far.
+    normalize: of `rl.NORMALIZERS`; 'running' takes in these rewards first.
+    no_eos_penalty: taken off the normalized score of a response without EOS.
+  """
+  if normalize == 'running':
+    moments = rl.joined(moments, rl.moments(rewards_N))
+  scores_N = rl.normalized(rewards_N, moments)
+  return scores_N - jnp.where(ended_N, 0.0, no_eos_penalty), moments
+
+
+def next_coefficient(coef, kl_N, kl):
+  """Returns the KL coefficient after samples with the KLs `kl_N`, in nats.
+
+  `kl` is the config's section, see `rl.KL_CONTROLLERS`.
+  """
+  if kl['kind'] == 'fixed':
+    return coef
+  return rl.adapted(
+    coef,
+    jnp.mean(kl_N),
+    target=kl['target'],
+    horizon=kl['horizon'],
+    samples=len(kl_N),
+  )
+
+
 def make_experience(
   mesh,
   *,
@@ -231,8 +293,8 @@ def make_experience(
 
   Args:
     mesh: devices.
-    normalize: of `rl.NORMALIZERS`.
-    no_eos_penalty: taken off the normalized score of a response without EOS.
+    normalize: of `scores`.
+    no_eos_penalty: of the same.
     kl: {'kind', 'estimator'} and the keys of `rl.KL_CONTROLLERS`.
     gamma: of `rl.generalized_advantages`.
     lam: of the same.
@@ -240,29 +302,23 @@ def make_experience(
     whiten_advantages: to mean 0 and variance 1.
   """
 
-  names.look_up(rl.NORMALIZERS, 'reward.normalize', normalize)
-  names.look_up(rl.KL_ESTIMATORS, 'kl.estimator', kl['estimator'])
-
   def experience(memory, seen, rewards_N, ended_N):
     logps_NM, ref_NM = seen['logps'], seen['ref_logps']
     values_NM, mask_NM = seen['values'], seen['mask']
-    moments, coef = memory['reward'], memory['kl_coef']
-    # ------------------------------------------------------------ scores ----
-    if normalize == 'running':
-      moments = rl.joined(moments, rl.moments(rewards_N))
-    scores_N = rl.normalized(rewards_N, moments)
-    scores_N -= jnp.where(ended_N, 0.0, no_eos_penalty)
-    # ---------------------------------------------------------------- KL ----
+    # -------------------------------------------------------- scores, KL ----
+    coef = memory['kl_coef']
+    scores_N, moments = scores(
+      rewards_N,
+      ended_N,
+      memory['reward'],
+      normalize=normalize,
+      no_eos_penalty=no_eos_penalty,
+    )
     kl_N = jnp.sum(jnp.where(mask_NM, logps_NM - ref_NM, 0.0), axis=1)
-    next_coef = coef
-    if kl['kind'] == 'adaptive':
-      next_coef = rl.adapted(
-        coef,
-        jnp.mean(kl_N),
-        target=kl['target'],
-        horizon=kl['horizon'],
-        samples=len(kl_N),
-      )
+    memory = {
+      'kl_coef': next_coefficient(coef, kl_N, kl),
+      'reward': moments,
+    }
     # -------------------------------------------------------- advantages ----
     rewards_NM = rl.token_rewards(
       logps_NM,
@@ -301,7 +357,7 @@ def make_experience(
       'advantages': advantages_NM,
       'returns': returns_NM,
     }
-    return arrays, {'kl_coef': next_coef, 'reward': moments}, metrics
+    return arrays, memory, metrics
 
   return jax.jit(experience, out_shardings=sharding.replicated(mesh))
 

@@ -12,6 +12,7 @@ import tqdm
 
 from dpo_jax import evaluators
 from dpo_jax import fetch
+from dpo_jax import names
 from dpo_jax import objectives
 from dpo_jax import policies
 from dpo_jax import processes
@@ -21,8 +22,11 @@ from dpo_jax import rewards
 from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import builders
+from dpo_jax.data import conversations
 from dpo_jax.data import examples
+from dpo_jax.data import locations
 from dpo_jax.data import partners
+from dpo_jax.data import sources
 from dpo_jax.losses import table
 from dpo_jax.models import transformer
 
@@ -53,12 +57,8 @@ def set_up(config, mesh, *, splits=('train', 'test')):
 
   `splits` are those whose cached reference log-probs are needed.
   """
-  # --------------------------------------------------------------- sizes ----
-  sharding.check_batch_size('batch_size', config.batch_size, mesh)
-  sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
-  chunk = head_chunk(config)
-
   # ---------------------------------------------------------------- loss ----
+  chunk = head_chunk(config)
   terms = bind_losses(config)
   mode = config.reference.mode
 
@@ -66,7 +66,7 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   policy = policies.open_policy(config, mesh, head=head_scale(config))
   model_config = policy.config
   tokenizer = policies.templated(policy.tokenizer, config.data.chat_template)
-  policies.check_adapter(policy, dict(config.reference))
+  policies.check_adapter_off(policy, dict(config.reference))
 
   # ---------------------------------------------------------------- data ----
   with processes.one_first():  # who downloads and prepares
@@ -122,15 +122,9 @@ def set_up(config, mesh, *, splits=('train', 'test')):
     evaluate_heldout = evaluators.make_heldout(
       sums, evaluation_plan('test'), mesh, ref_values=ref_values['test']
     )
-  how = config.eval.samples
-  if how.num_prompts and table.of_head(config.loss):
-    raise ValueError(
-      'a reward model scores texts and writes none; set'
-      ' eval.samples.num_prompts to 0'
-    )
   prompts = sample_prompts(
-    how.prompts,
-    how.num_prompts,
+    config.eval.samples.prompts,
+    config.eval.samples.num_prompts,
     groups['test'],
     tokenizer,
     max_prompt_tokens=config.data.max_prompt_tokens,
@@ -218,12 +212,8 @@ def load_groups(data, tokenizer, model_config, terms):
       f'data.max_prompt_tokens + data.max_response_tokens is {longest}, but'
       f' the model has {model_config.max_positions} positions'
     )
-  form = data.form
-  forms = table.common_forms([term.name for term in terms])
-  if form not in forms:
-    raise ValueError(
-      f'data.form is {form!r}, but the losses learn from {" or ".join(forms)}'
-    )
+  check_source(data, terms)
+  form, cost = data.form, constraint(data.constraint, terms)
   dataset = builders.load(
     data.task,
     source=data.source,
@@ -242,7 +232,7 @@ def load_groups(data, tokenizer, model_config, terms):
       max_prompt_tokens=data.max_prompt_tokens,
       max_response_tokens=data.max_response_tokens,
       form=form,
-      cost=constraint(data.constraint, terms),
+      cost=cost,
     )
     texts.append(f'{split}, in tokens\n{report}')
     if any(term.loss.ordered for term in terms):
@@ -257,6 +247,28 @@ def load_groups(data, tokenizer, model_config, terms):
       groups[split] = partners.mismatched(groups[split])
   check_data([*groups['train'], *groups['test']], terms, form)
   return groups, '\n\n'.join(texts)
+
+
+def check_source(data, terms):
+  """Refuses data that there cannot be, or that the losses cannot learn from.
+
+  That is what a config's section says; no file is looked for.
+  """
+  forms = table.common_forms([term.name for term in terms])
+  if data.form not in forms:
+    raise ValueError(
+      f'data.form is {data.form!r}, but the losses learn from'
+      f' {" or ".join(forms)}'
+    )
+  names.look_up(builders.BUILDERS, 'data.task', data.task)
+  sources.check_arguments(
+    data.task,
+    form=data.form,
+    held_out=data.held_out,
+    prompt_words=data.prompt_words or None,
+  )
+  if data.source == 'official':
+    locations.official_urls(data.task, subsets=tuple(data.subsets) or None)
 
 
 def constraint(name, terms):
@@ -299,23 +311,40 @@ def sample_prompts(source, number, groups, tokenizer, *, max_prompt_tokens):
   return list(prompts)[:number]
 
 
+def measured(how, reward=''):
+  """Returns {column: name} of the rewards that config.eval.samples measures.
+
+  `reward` is what its reward is where that is ''.
+  """
+  columns = {'reward': how['reward'] or reward, 'ranker': how['ranker']}
+  columns = {column: x for column, x in columns.items() if x != 'none'}
+  if 'ranker' in columns and how['samples_per_prompt'] < 2:
+    raise ValueError(
+      'eval.samples.ranker takes the best of the samples of a prompt, and'
+      f' eval.samples.samples_per_prompt is {how["samples_per_prompt"]}; set it'
+      ' to 2 or more, or the ranker to none'
+    )
+  return columns | reward_models.titles(how['judges'])
+
+
 def sample_evaluator(
   config, prompts, model_config, tokenizer, mesh, *, reward=None
 ):
   """Returns `evaluators.make_samples` of a config, None without `prompts`.
 
-  `reward` is measured where eval.samples.reward names none by being ''.
+  `reward` is (name, the reward of that name): it is measured where
+  eval.samples.reward names none by being ''.
   """
   how = dict(config.eval.samples)
-  del how['prompts'], how['num_prompts']  # `prompts` are of them
-  name = how.pop('reward')
-  judges = reward_models.get_judges(how.pop('judges'), mesh=mesh)
+  opened = dict([reward] if reward else [])
+  columns = measured(how, *opened)
+  for name in ('prompts', 'num_prompts', 'reward', 'ranker', 'judges'):
+    del how[name]  # `prompts` and `columns` are of them
   if not prompts:
     return None
-  if name == 'none':
-    reward = None
-  elif name or reward is None:
-    reward = reward_models.get(name, mesh=mesh)
+  for name in columns.values():
+    if name not in opened:
+      opened[name] = reward_models.get(name, mesh=mesh)
   return evaluators.make_samples(
     model_config,
     tokenizer,
@@ -323,8 +352,7 @@ def sample_evaluator(
     mesh,
     chunk=head_chunk(config),
     key=policies.stream(config.seed, 'evaluation'),
-    reward=reward,
-    judges=judges,
+    scorers={column: (name, opened[name]) for column, name in columns.items()},
     **how,
   )
 
@@ -332,15 +360,36 @@ def sample_evaluator(
 def read_prompts(source):
   """Reads JSON Lines with a `prompt` each: a list of texts or messages."""
   prompts = []
-  with open(source, encoding='utf-8') as f:
+  with open(source, 'rb') as f:
     for number, line in enumerate(f, start=1):
       try:
-        prompts.append(json.loads(line)['prompt'])
+        prompt = json.loads(line)['prompt']
       except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
           f'{source}:{number}: not a JSON object with a "prompt"'
         ) from error
+      check_prompt(prompt, f'{source}:{number}')
+      prompts.append(prompt)
+  if not prompts:
+    raise ValueError(
+      f'{source}:1: no prompts, the file is empty; write a JSON object with a'
+      ' "prompt" on every line'
+    )
   return prompts
+
+
+def check_prompt(prompt, place):
+  """Refuses what is neither a text nor messages; `place` is where it stands."""
+  if isinstance(prompt, list):
+    try:
+      conversations.checked(prompt)
+    except ValueError as error:
+      raise ValueError(f'{place}: {error}') from error
+  elif not isinstance(prompt, str) or not prompt:
+    raise ValueError(
+      f'{place}: the prompt is {prompt!r:.40}; it must be a text, not an empty'
+      ' one, or a list of messages'
+    )
 
 
 def check_data(groups, terms, form):

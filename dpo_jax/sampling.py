@@ -184,7 +184,7 @@ def lower(
     np.zeros((batch_size, prompt_slots(longest)), np.int32),
     np.zeros(batch_size, np.int32),
     np.zeros(batch_size, np.int32),
-    jax.random.key(0),
+    jax.eval_shape(lambda: jax.random.key(0)),
     np.zeros(num_eos, np.int32),
     max_new_tokens=max_new_tokens,
     temperature=float(temperature),

@@ -4,7 +4,18 @@ Loops read configs through `Settings`. After set-up, `check_all_read` refuses a
 config with a key that nothing looked at: an option that does nothing is a lie.
 """
 
+import math
 from collections.abc import Mapping
+
+# What a number may be, in words -> whether it is; NaN is nothing.
+NUMBERS = {
+  '0 or more': lambda x: 0 <= x < math.inf,
+  '1 or more': lambda x: 1 <= x < math.inf,
+  '2 or more': lambda x: 2 <= x < math.inf,
+  'a number above 0': lambda x: 0 < x < math.inf,
+  'a number from 0 to 1': lambda x: 0 <= x <= 1,
+  'a number above 0, at most 1': lambda x: 0 < x <= 1,
+}
 
 
 class Settings(Mapping):
@@ -60,3 +71,25 @@ class Settings(Mapping):
       raise ValueError(
         f'config keys that nothing reads: {", ".join(names)}; remove them'
       )
+
+  def at(self, name):
+    """Returns the value of a dotted name."""
+    value = self
+    for part in name.split('.'):
+      value = value[part]
+    return value
+
+
+def check_numbers(config, ranges):
+  """Refuses all numbers of a config that are not what they must be.
+
+  `ranges` has {dotted name: words of `NUMBERS`}.
+  """
+  found = {name: config.at(name) for name in ranges}
+  problems = [
+    f'{name} is {value}; use {ranges[name]}'
+    for name, value in found.items()
+    if not NUMBERS[ranges[name]](value)
+  ]
+  if problems:
+    raise ValueError('\n'.join(problems))

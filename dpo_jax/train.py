@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import tqdm
 
 from dpo_jax import accounting
+from dpo_jax import checks
 from dpo_jax import evaluators
 from dpo_jax import processes
 from dpo_jax import progress
 from dpo_jax import ref_cache
 from dpo_jax import runs
+from dpo_jax import settings
 from dpo_jax import sharding
 from dpo_jax import steps
 from dpo_jax import updates
@@ -42,14 +44,58 @@ def check_accumulate(config, mesh):
     )
 
 
-def training_plan(config, groups, mesh, *, window):
-  """Plans `num_steps` steps, or as many as `epochs` passes need."""
+# Numbers that this loop has besides those of `checks`.
+_NUMBERS = {
+  'data.row_length': '1 or more',
+  'eval.max_groups': '0 or more',
+}
+
+
+def check(config, mesh):
+  """Refuses what is wrong with a config whatever its data and its model are.
+
+  All of it, a line each. `mesh` may be an abstract one.
+  """
+  config = settings.Settings(config.as_dict())  # to check is not to use
+  checks.call(
+    [
+      *checks.of_training(config, mesh),
+      checks.numbers(config, _NUMBERS),
+      lambda: sharding.check_batch_size(
+        'eval.batch_size', config.eval.batch_size, mesh
+      ),
+      lambda: check_accumulate(config, mesh),
+      lambda: check_data(config),
+      lambda: check_length(config),
+    ]
+  )
+
+
+def check_data(config):
+  """Refuses data and samples that do not fit the losses."""
+  terms = runs.bind_losses(config)
+  runs.check_source(config.data, terms)
+  runs.constraint(config.data.constraint, terms)
+  if config.eval.samples.num_prompts and table.of_head(config.loss):
+    raise ValueError(
+      'a reward model scores texts and writes none; set'
+      ' eval.samples.num_prompts to 0'
+    )
+
+
+def check_length(config):
+  """Refuses a run of no length, or of two."""
   num_steps, epochs = config.num_steps, config.epochs
-  if bool(num_steps) == bool(epochs) or min(num_steps, epochs) < 0:
+  if bool(num_steps) == bool(epochs) or not min(num_steps, epochs) >= 0:
     raise ValueError(
       'set one of num_steps and epochs and leave the other 0; got num_steps'
       f' {num_steps}, epochs {epochs}'
     )
+
+
+def training_plan(config, groups, mesh, *, window):
+  """Plans `num_steps` steps, or as many as `epochs` passes need."""
+  num_steps, epochs = config.num_steps, config.epochs
   if epochs:
     num_steps = math.ceil(epochs * len(groups) / config.batch_size)
   return batches.training_plan(
@@ -87,7 +133,7 @@ def train(config, workdir):
 
 def _train(config, workdir, mesh):
   # ----------------------------------------- loss, model, data, reference ----
-  check_accumulate(config, mesh)
+  check(config, mesh)
   run = runs.set_up(config, mesh)
   policy, groups, ref_values = run.policy, run.groups, run.ref_values
   mode = config.reference.mode

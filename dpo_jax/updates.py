@@ -46,11 +46,8 @@ def check_micro_batches(config, mesh):
   )
 
 
-def make(config, policy, sums, first_memory, mesh, *, num_steps):
-  """Returns the Update of a config, which nothing has been computed for yet.
-
-  `policy` may be abstract; the rest is as of `runs.Run`.
-  """
+def make_optimizer(config, *, num_steps):
+  """Returns (schedule, transformation) of a config, of `optim`."""
   schedule = optim.learning_rate(
     lr=config.optim.lr,
     schedule=config.optim.schedule,
@@ -64,6 +61,15 @@ def make(config, policy, sums, first_memory, mesh, *, num_steps):
     clip_norm=config.optim.clip_norm,
     keywords=dict(config.optim.keywords),
   )
+  return schedule, tx
+
+
+def make(config, policy, sums, first_memory, mesh, *, num_steps):
+  """Returns the Update of a config, which nothing has been computed for yet.
+
+  `policy` may be abstract; the rest is as of `runs.Run`.
+  """
+  schedule, tx = make_optimizer(config, num_steps=num_steps)
   ema = moving_reference(config)
   shapes = steps.state_shapes(
     policy.trained, tx, ema=bool(ema), memory=first_memory

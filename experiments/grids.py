@@ -26,14 +26,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import names
-from dpo_jax import online
 from dpo_jax import ppo
-from dpo_jax import runs
+from dpo_jax import rounds
 from dpo_jax import settings
 from dpo_jax import train
 from dpo_jax import workdirs
 
-VERBS = ('train', 'ppo', 'online')
+CHECKS = {'train': train.check, 'ppo': ppo.check, 'online': rounds.check}
+VERBS = tuple(CHECKS)
 _LONGEST = 200  # bytes of a name; folders allow 255
 
 
@@ -176,18 +176,11 @@ def verb_of(config):
 def check(config, verb):
   """Refuses what a verb would refuse before it looks at data or devices."""
   config = settings.Settings(config)
-  if verb == 'online':
-    samples = config.sampling.max_new_tokens
-    online.check_train_config(config.train.as_dict(), max_new_tokens=samples)
-    online.check_losses(config.train)
-    return
-  sizes = {axis: max(1, size) for axis, size in dict(config.mesh).items()}
-  mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-  if verb == 'ppo':
-    ppo.check(config, mesh)
-    return
-  runs.bind_losses(config)
-  train.check_accumulate(config, mesh)
+  mesh = (config.train if verb == 'online' else config).mesh
+  sizes = {axis: max(1, size) for axis, size in dict(mesh).items()}
+  CHECKS[verb](
+    config, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  )
 
 
 # --- Jobs ---------------------------------------------------------------------
@@ -260,7 +253,8 @@ def expand(config, entries, *, verb=None):
     try:
       check(made, of)
     except (ValueError, AttributeError, KeyError) as error:
-      found.add(str(error), name)
+      for line in str(error).split('\n'):
+        found.add(line, name)
     if len(name.encode()) > _LONGEST:
       found.add('names too long for a folder; vary fewer of them', name)
     jobs.append(Job(name, values, of, tuple(arguments), made))

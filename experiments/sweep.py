@@ -7,8 +7,8 @@
 NAME=VALUE,VALUE,... is a dimension of the grid, NAME=VALUE a constant; a comma
 within brackets is part of a value. NAME is an argument behind the colon of
 --config (loss), a config's key (optim.lr), or the end of just one of its keys:
-beta is loss.dpo.beta where the loss is dpo. All that is wrong is listed before
-anything runs.
+beta is loss.dpo.beta where the loss is dpo. All that is wrong and needs no
+data, no model and no file to be seen is listed before anything runs.
 
     WORKDIR/loss=dpo,beta=0.05,seed=0/    a run, of the values that vary
         log.txt, job.json                 what it said; its values and seconds

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from dpo_jax import evaluators
 from dpo_jax import reward_models
 from dpo_jax import rewards
+from dpo_jax import reweighting
+from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import tokenizers
@@ -93,9 +96,12 @@ def test_samples_are_measured(temperature):
     temperature=temperature,
     top_p=1.0,
     batch_size=8,
-    reward=rewards.length,
+    scorers={
+      'reward': ('length', rewards.length),
+      'ranker': ('length', rewards.length),
+      'digits': ('rule:digits', rewards.get('rule:digits')),
+    },
     cost='negative',
-    judges={'digits': rewards.digits},
   )
   policy = {'params': worlds.params_of(config)}
   values, records = evaluate(
@@ -113,9 +119,17 @@ def test_samples_are_measured(temperature):
   assert costs == list(rewards.negative([], [r['response'] for r in records]))
   np.testing.assert_allclose(values['cost'], np.mean(costs))
   assert 0 <= values['cost_se'] <= 0.5
-  digits = [r['digits'] for r in records]
-  assert digits == list(rewards.digits([], [r['response'] for r in records]))
-  assert values['digits'] == np.mean(digits)
+  kept = [r['digits'] for r in records]
+  digits = rewards.digits([], [r['response'] for r in records])
+  assert kept == list(1.0 - digits)
+  assert values['digits'] == np.mean(kept)
+  # The best of one is any, that of all is the longest.
+  assert [r['ranker'] for r in records] == lengths
+  for name in ('reward', 'reward_se', 'digits', 'cost', 'cost_se'):
+    np.testing.assert_allclose(values[f'best_of_1/{name}'], values[name])
+  longest = np.reshape(lengths, (2, 3)).max(1)
+  np.testing.assert_allclose(values['best_of_3/reward'], longest.mean())
+  assert 'best_of_2/kl' in values and 'best_of_4/kl' not in values
   # Only samples of the policy itself give an honest KL.
   assert ('kl' in values) == (temperature == 1.0)
   if temperature == 1.0:
@@ -125,8 +139,56 @@ def test_samples_are_measured(temperature):
     assert [r['response'] for r in again] == [r['response'] for r in records]
 
 
+def test_the_best_of_n_is_the_mean_over_all_subsets():
+  rng = np.random.default_rng(0)
+  ranker, reward = rng.normal(size=(2, 5, 6))  # N = 5, S = 6
+  ranker[0, 1] = ranker[0, 2]
+  values = evaluators.best_of_n(ranker, {'reward': reward})
+  assert {name.split('/')[0] for name in values} == {
+    f'best_of_{n}' for n in (1, 2, 4, 6)
+  }
+  for n in (1, 2, 4, 6):
+    expected = [
+      np.mean(
+        [
+          reward[prompt, max(subset, key=lambda s: (ranker[prompt, s], -s))]
+          for subset in itertools.combinations(range(6), n)
+        ]
+      )
+      for prompt in range(5)
+    ]
+    found = {
+      name: values[f'best_of_{n}/{name}']
+      for name in ('reward', 'reward_se', 'kl', 'kl_se')
+    }
+    np.testing.assert_allclose(found['reward'], np.mean(expected))
+    se = np.std(expected, ddof=1) / np.sqrt(5)
+    np.testing.assert_allclose(found['reward_se'], se)
+    # Of 6 samples with replacement, all prompts but the first have no ties.
+    shares = (np.arange(7) / 6) ** n
+    no_ties = np.sum(np.diff(shares) * np.log(np.diff(shares) * 6))
+    first = 5 * found['kl'] - 4 * no_ties
+    assert (0.0 < first < no_ties) if n > 1 else abs(first) < 1e-12
+    assert found['kl'] <= reweighting.best_of_kl_bound(n) + 1e-12
+
+
+def test_best_of_n_needs_samples_to_choose_from(tmp_path):
+  config = worlds.debug_config(
+    tmp_path, **{'eval.samples.ranker': 'length', 'eval.samples.reward': 'none'}
+  )
+  how = config.eval.samples
+  with pytest.raises(ValueError, match='samples_per_prompt is 1; set it to 2'):
+    runs.measured(how)
+  how = dict(how) | {'samples_per_prompt': 2, 'judges': ('vader',)}
+  assert runs.measured(how) == {'ranker': 'length', 'vader': 'vader'}
+  how |= {'reward': '', 'ranker': 'none'}
+  assert runs.measured(how, 'x') == {'reward': 'x', 'vader': 'vader'}
+
+
 def test_judges_have_titles_of_their_own():
-  judges = reward_models.get_judges(['vader', 'python:math.hypot'])
-  assert list(judges) == ['vader', 'hypot']
+  names = ['vader', 'python:math.hypot', 'rule:digits', 'sentiment:a/b.npz']
+  assert reward_models.titles(names) == dict(
+    zip(['vader', 'hypot', 'digits', 'b'], names)
+  )
   with pytest.raises(ValueError, match="'length' would be called 'length'"):
-    reward_models.get_judges(['length'])
+    reward_models.titles(['length'])

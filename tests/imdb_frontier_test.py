@@ -11,7 +11,9 @@ import signal
 import numpy as np
 import pytest
 
+from dpo_jax import evaluators
 from dpo_jax import metrics
+from dpo_jax import processes
 from dpo_jax import settings
 from dpo_jax import workdirs
 from dpo_jax.data import tokenizers
@@ -70,38 +72,52 @@ def times_of(folder):
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-  """All stages of `smoke`, stopped once in the middle of PPO."""
+  """All stages of `smoke`, stopped once while PPO samples for its second step.
+
+  Returns the folder, what was there then, and what the stop was called.
+  """
   folder = tmp_path_factory.mktemp('imdb')
   write_reviews(folder / 'reviews')
-  make_run, before = imdb_frontier.make_run, {}
+  run = folder / 'imdb' / 'runs' / 'ppo_6'
+  sample, before = evaluators.sample, {}
 
-  def stopped(run, scale, paths):
-    if run.method == 'ppo' and not before:
+  def stopped(*args, title, **how):
+    if title == 'rollout' and steps_of(run) == [1]:
       before.update(times_of(folder / 'imdb'))
       os.kill(os.getpid(), signal.SIGTERM)
-    make_run(run, scale, paths)
+    return sample(*args, title=title, **how)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(imdb_frontier, 'make_run', stopped)
-    with pytest.raises(SystemExit) as stop:
+    patch.setattr(evaluators, 'sample', stopped)
+    with pytest.raises(processes.Preempted) as stop:
       call(folder)
-  assert stop.value.code == 75
-  assert not (folder / 'imdb' / 'runs' / 'ppo_6' / 'finished.json').exists()
+  assert stop.value.code == 75 and not (run / 'finished.json').exists()
   call(folder)
-  return folder, before
+  return folder, before, stop.value.what
+
+
+def steps_of(run):
+  """Returns the steps of PPO that are in the log of a run."""
+  return [r['step'] for r in metrics.read(run) if 'train/loss' in r]
 
 
 def test_a_stopped_command_goes_on_where_it_was(made):
-  folder, before = made
+  folder, before, what = made
+  assert what == 'SIGTERM after step 1 of 2, which is saved'
   now = times_of(folder / 'imdb')
-  kept = {n: t for n, t in before.items() if n != 'times.json'}
+  kept = {
+    name: time
+    for name, time in before.items()
+    if name != 'times.json' and not name.startswith('runs/ppo_6/')
+  }
   assert 'runs/dpo_0.1/finished.json' in kept
   assert {name: now[name] for name in kept} == kept
   assert (folder / 'imdb' / 'runs' / 'ppo_6' / 'finished.json').exists()
+  assert steps_of(folder / 'imdb' / 'runs' / 'ppo_6') == [1, 2]
 
 
 def test_a_second_call_makes_nothing(made, capsys):
-  folder, _ = made
+  folder = made[0]
   before = times_of(folder / 'imdb')
   call(folder)
   assert times_of(folder / 'imdb') == before

@@ -55,6 +55,7 @@ MACHINE = {
   'workdirs',
 }
 MIDDLE = {
+  'checks',
   'objectives',
   'evaluators',
   'ref_cache',
@@ -69,7 +70,15 @@ MIDDLE = {
 }
 # What every room may import, because it imports nothing of ours.
 LEAVES = {'names'}
-LOOPS = {'train', 'ppo', 'online', 'programs', 'compilations', 'main'}
+LOOPS = {
+  'train',
+  'ppo',
+  'rounds',
+  'online',
+  'programs',
+  'compilations',
+  'main',
+}
 HOST_FORBIDDEN = {'jax', 'flax', 'optax', 'orbax', 'ml_collections'}
 MATHS_FORBIDDEN = {
   'absl',

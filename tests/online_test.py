@@ -14,6 +14,7 @@ from dpo_jax import metrics
 from dpo_jax import online
 from dpo_jax import processes
 from dpo_jax import rewards
+from dpo_jax import rounds
 from dpo_jax import sampling
 from dpo_jax import settings
 from dpo_jax import train
@@ -71,6 +72,44 @@ def test_prompts_in_train_and_test_are_refused(tmp_path):
   path.write_text(json.dumps({'train': ['a']}))
   with pytest.raises(ValueError, match='must hold'):
     online.read_prompts(str(path))
+
+
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('', 'is no JSON file'),
+    ('["a"]', r"must hold .* it has \['a'\]"),
+    ('{"train": [], "test": ["a"]}', 'train must be a list of texts, with one'),
+    ('{"train": ["a", ""], "test": ["b"]}', r"train\[1\] is ''; it must be a"),
+    ('{"train": ["a"], "test": [3]}', r'test\[0\] is 3; it must be a text'),
+  ],
+)
+def test_bad_prompts_are_named_by_file_and_place(tmp_path, text, message):
+  path = tmp_path / 'prompts.json'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=f'prompts.json:? .*{message}'):
+    online.read_prompts(str(path))
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'rounds': 0}, 'rounds is 0; use 1 or more'),
+    ({'reward': 'lenght'}, "did you mean 'length'"),
+    ({'sampling.samples_per_prompt': 1}, 'samples_per_prompt is 1; use 2 or'),
+    ({'sampling.top_p': 0.0}, 'sampling.top_p is 0.0; use a number above 0'),
+    ({'train.optim.name': 'adam'}, "did you mean 'adamw'"),
+    ({'train.checkpoint.keep': 0}, 'keep at least 1'),
+  ],
+)
+def test_bad_configs_stop_before_anything_is_written(
+  tmp_path, changes, message
+):
+  config = quickstart.get_config('debug')
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    online.run(settings.Settings(config.to_dict()), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def train_config(**changes):
@@ -141,15 +180,15 @@ def test_a_reference_that_round_2_would_refuse_is_refused_at_once(tmp_path):
 )
 def test_what_would_fail_late_is_refused_at_the_start(changes, message):
   with pytest.raises(ValueError, match=message):
-    online.check_train_config(train_config(**changes), max_new_tokens=4)
-  online.check_train_config(train_config(), max_new_tokens=4)
+    rounds.check_train_config(train_config(**changes), max_new_tokens=4)
+  rounds.check_train_config(train_config(), max_new_tokens=4)
 
 
 # --- Constraints ---
 
 
 @pytest.mark.parametrize(
-  'section, rounds, message',
+  'section, number, message',
   [
     ({'name': 'none', 'budget': 0.1}, 2, 'constraint.budget would do nothing'),
     ({'name': 'digits'}, 2, 'takes budget, .* use configs/constrained.py'),
@@ -160,12 +199,12 @@ def test_what_would_fail_late_is_refused_at_the_start(changes, message):
     ({}, 1, 'rounds is 1; set rounds to 2 or more'),
   ],
 )
-def test_constraints_that_make_no_sense_are_refused(section, rounds, message):
+def test_constraints_that_make_no_sense_are_refused(section, number, message):
   good = constrained.get_config().constraint.to_dict()
-  online.read_constraint(good, rounds=2)
+  rounds.read_constraint(good, rounds=2)
   section = section if 'name' in section else good | section
   with pytest.raises(ValueError, match=message):
-    online.read_constraint(section, rounds=rounds)
+    rounds.read_constraint(section, rounds=number)
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ def test_a_run_learns_its_reward_and_others_read_its_policy(
       'kl.coef': 0.02,
       'eval.every': 0,
       'eval.samples.num_prompts': 8,
+      'eval.samples.ranker': 'letters',
     }
   )
   run = tmp_path / 'run'
@@ -299,6 +300,9 @@ def test_a_run_learns_its_reward_and_others_read_its_policy(
   assert len(reward) == 16 and np.mean(reward[-2:]) > 2.0 * reward[0]
   kl, sampled = (values_of(run, f'samples/{n}') for n in ('kl', 'reward'))
   assert kl[0] == 0.0 and kl[-1] > 0.1 and sampled[-1] > 2.0 * sampled[0]
+  one, two = (values_of(run, f'samples/best_of_{n}/reward') for n in (1, 2))
+  np.testing.assert_allclose(one, sampled)
+  assert two[-1] > one[-1]  # of two samples a prompt
   assert max(values_of(run, 'train/first_ratio_gap')) < 1e-4
   value, returns = (values_of(run, f'train/{n}') for n in ('value', 'return'))
   assert abs(value[0]) < 1e-5 and value[-1] > 0.5 * returns[-1] > 0.5
@@ -465,18 +469,36 @@ def test_a_run_goes_on_with_the_state_of_another(tmp_path):
   'arg, changes, message',
   [
     ('', {'rollout.size': 12}, 'not a multiple of batch_size 8'),
+    ('', {'rollout.size': 0}, 'rollout.size is 0; use 1 or more'),
+    ('', {'rollout.batch_size': 0}, 'rollout.batch_size is 0; use 1 or more'),
     ('', {'accumulate': 3}, '3 micro-batches; use 6 or 9'),
     ('', {'rollout.temperature': 0.7}, 'set it to 1'),
     ('', {'ppo.epochs': 0}, 'ppo.epochs is 0'),
+    ('', {'ppo.gamma': 1.1}, 'ppo.gamma is 1.1; use a number from 0 to 1'),
+    ('', {'ppo.lam': -0.1}, 'ppo.lam is -0.1; use a number from 0 to 1'),
+    ('', {'ppo.clip': 0.0}, 'ppo.clip is 0.0; use a number above 0'),
+    (
+      '',
+      {'ppo.value_clip': -1.0},
+      'ppo.value_clip is -1.0; use',
+    ),
+    ('', {'ppo.value_coef': -1.0}, 'ppo.value_coef is -1.0; use 0 or more'),
+    ('', {'reward.no_eos_penalty': -1.0}, 'no_eos_penalty is -1.0; use 0'),
+    ('kl=fixed', {'kl.coef': -1.0}, 'kl.coef is -1.0; use 0 or more'),
+    ('kl=fixed', {'kl.coef': float('nan')}, 'kl.coef is nan; use 0 or more'),
+    ('', {'kl.coef': 0.0}, 'kl.coef is 0, .* choose kl=fixed'),
     ('', {'kl.kind': 'fixed'}, 'behind the colon'),
-    ('', {'kl.target': 0.0}, 'kl.target is 0.0'),
+    ('', {'kl.target': 0.0}, 'kl.target is 0.0; use a number above 0'),
     ('', {'kl.estimator': 'k2'}, "did you mean 'k"),
     ('', {'reference.mode': 'ema'}, "unknown reference of PPO 'ema'"),
     ('', {'reference.mode': 'adapter_off'}, 'all weights are trained'),
     ('', {'reward.name': ''}, 'model:WORKDIR'),
     ('', {'reward.name': 'lenght'}, "did you mean 'length'"),
     ('', {'reward.normalize': 'refrence'}, "did you mean 'reference'"),
+    ('', {'eval.samples.judges': ('vadr',)}, "did you mean 'vader'"),
     ('', {'data.source': 'nowhere.jsonl'}, 'nowhere.jsonl'),
+    ('', {'data.source': ''}, 'data.source is empty'),
+    ('', {'data.task': 'prompt'}, "did you mean 'prompts'"),
   ],
 )
 def test_bad_configs_stop_before_anything_is_written(
@@ -487,11 +509,54 @@ def test_bad_configs_stop_before_anything_is_written(
   assert not (tmp_path / 'run').exists()
 
 
+def test_all_that_is_wrong_is_told_at_once():
+  config = debug_config(
+    **{'ppo.lam': 7.0, 'optim.name': 'adam', 'reward.name': 'lenght'}
+  )
+  with pytest.raises(ValueError) as caught:
+    ppo.check(config, sharding.make_mesh(**config.mesh))
+  text = str(caught.value)
+  assert text.startswith('ppo.lam is 7.0') or '\nppo.lam is 7.0' in text
+  assert "unknown optimizer 'adam'" in text and "reward 'lenght'" in text
+  assert len(text.split('\n')) == 3
+  # What a check alone has read is still unread.
+  assert set(config.unread()) >= {'ppo.lam', 'optim.name', 'rollout.size'}
+
+
+@pytest.mark.parametrize(
+  'changes, line, message',
+  [
+    ({'data.source': 'FILE'}, '', r':1: no prompts'),
+    ({'data.source': 'FILE'}, '{"prompt": "a"}\n{"prompt": ""}', ':2: the pro'),
+    ({'data.source': 'FILE'}, '{"prompt": 3}', ':1: the prompt is 3'),
+    (
+      {'eval.samples.prompts': 'FILE', 'eval.samples.num_prompts': 1},
+      '{"prompt": 3}',
+      ':1: the prompt is 3',
+    ),
+  ],
+)
+def test_bad_prompts_stop_before_anything_is_written(
+  tmp_path, changes, line, message
+):
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text(line)
+  changes = {k: str(path) if v == 'FILE' else v for k, v in changes.items()}
+  with pytest.raises(ValueError, match=f'prompts.jsonl{message}'):
+    ppo.run(debug_config(**changes), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize(
   'values, message',
   [
-    ([np.nan] * 16, 'prompt: .*\n  response: '),
-    ([0.0] * 3, r'shape \(3,\) for 16 responses'),
+    (
+      [np.nan] * 16,
+      "'bad' of text 0 is nan[^?]*prompt: .*\n  response: ",
+    ),
+    ([1e39] * 16, r'1e\+39, too large for float32[^?]*prompt: '),
+    ([0.0] * 3, r'shape \(3,\) for 16 responses[^?]*prompt: .*\n  response: '),
+    (['good'] * 16, "reward 'bad' returned .'good'.*no numbers"),
     ([1.0] * 16, 'no variance to normalize by'),
   ],
 )

@@ -7,10 +7,10 @@ import pytest
 from dpo_jax import conversions
 from dpo_jax import metrics
 from dpo_jax import objectives
-from dpo_jax import online
 from dpo_jax import policies
 from dpo_jax import reward_models
 from dpo_jax import rewards
+from dpo_jax import rounds
 from dpo_jax import sharding
 from dpo_jax import train
 from dpo_jax import weights
@@ -93,8 +93,7 @@ def test_scores_of_text_are_those_that_training_measured(run):
     max_response_tokens=64,
     form='pairs',
   )
-  reward = reward_models.load(str(folder / 'rm'), center='none')
-  assert reward.offset == 0.0
+  reward = reward_models.load(str(folder / 'rm'))
   plan = batches.evaluation_plan(
     groups, batch_size=len(groups), row_length=128, multiple=8, window=None
   )
@@ -112,7 +111,9 @@ def test_scores_of_text_are_those_that_training_measured(run):
     )
     np.testing.assert_array_equal(scores[side], by_tokens)
     mean = float(totals[f'rewards/{side}'][0]) / len(groups)
-    np.testing.assert_allclose(scores[side].mean(), mean, atol=1e-5)
+    np.testing.assert_allclose(
+      scores[side].mean() + reward.offset, mean, atol=1e-5
+    )
   correct = np.sum(scores['chosen'] > scores['rejected'])
   assert correct == float(totals['rewards/accuracy'][0])
   # Any number of texts of any length, and in any company.
@@ -126,7 +127,7 @@ def test_scores_of_text_are_those_that_training_measured(run):
 
 def test_a_response_that_was_cut_is_scored_without_an_eos(run):
   folder, _ = run
-  reward = reward_models.load(str(folder / 'rm'), center='none')
+  reward = reward_models.load(str(folder / 'rm'))
   tokenizer = tokenizers.ByteTokenizer()
   prompts, responses = ['one', 'two'], ['abc', 'defg']
   tokens = [tokenizer.encode(text) for text in responses]
@@ -144,20 +145,16 @@ def test_a_response_that_was_cut_is_scored_without_an_eos(run):
 
 def test_the_mean_held_out_score_is_taken_off(run):
   folder, _ = run
-  last = metrics.read(folder / 'rm')[-1]
-  plain = reward_models.load(str(folder / 'rm'), center='none')
+  last = metrics.read(folder / 'rm')[-1]['heldout/rewards/mean']
   texts = ['question: '], ['aeiou']
-  for center, name in [('all', 'mean'), ('chosen', 'chosen')]:
-    reward = reward_models.load(str(folder / 'rm'), center=center)
-    offset = last[f'heldout/rewards/{name}']
-    assert reward.offset == offset != 0.0
-    np.testing.assert_allclose(reward(*texts), plain(*texts) - offset)
+  newest = reward_models.load(str(folder / 'rm'))
   named = reward_models.get(f'model:{folder / "rm"}@12')
-  assert named.offset == last['heldout/rewards/mean']
+  for reward in (newest, named):
+    assert reward.offset == last != 0.0
   # A reward like any other.
-  assert rewards.score(named, *texts).shape == (1,)
-  with pytest.raises(ValueError, match="center 'al'; did you mean 'all'"):
-    reward_models.load(str(folder / 'rm'), center='al')
+  (value,) = rewards.score(named, *texts)
+  named.offset = 0.0
+  np.testing.assert_allclose(named(*texts) - last, value)
 
 
 def test_every_name_is_a_reward():
@@ -178,8 +175,8 @@ def test_a_policy_is_no_reward_model(run):
 def test_a_score_that_was_never_measured_is_asked_for(run, tmp_path):
   folder, _ = run
   (tmp_path / 'rm').symlink_to(folder / 'rm')
-  with pytest.raises(ValueError, match=r"of step 2, .*center='none'"):
-    reward_models._measured(str(tmp_path / 'rm'), 2, 'heldout/x', 'all')
+  with pytest.raises(ValueError, match=r'of step 99, .*hold some data out'):
+    reward_models._mean_score(str(tmp_path / 'rm'), 99)
 
 
 def test_a_policy_begins_at_a_reward_models_trunk(run):
@@ -249,7 +246,7 @@ def test_losses_of_heads_and_of_log_probs_are_not_summed():
 def test_rounds_refuse_a_reward_model(tmp_path):
   config = worlds.debug_config(tmp_path, 'loss=bradley_terry')
   with pytest.raises(ValueError, match='rounds train a policy'):
-    online.check_losses(config)
+    rounds.check_losses(config)
 
 
 def test_pairs_of_equal_rewards_are_dropped_and_counted(tmp_path):

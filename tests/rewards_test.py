@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dpo_jax import reward_models
 from dpo_jax import rewards
 from dpo_jax.data import openings
 
@@ -84,19 +85,93 @@ def test_score_returns_the_rewards():
   np.testing.assert_allclose(values, [0.4404])
 
 
-def test_a_nan_reward_shows_its_text():
-  def reward(prompts, _):
-    return [0.0, float('nan')] * (len(prompts) // 2)
-
-  with pytest.raises(ValueError, match=r"text 1 is nan[^?]*'p1'[^?]*'r1'"):
-    rewards.score(reward, ['p0', 'p1'], ['r0', 'r1'])
+PROMPTS, RESPONSES = ['p0', 'p1'], ['r0', 'r1']
 
 
-def test_wrong_lengths_are_errors():
+def score(*values):
+  return rewards.score(
+    lambda *_: list(values), PROMPTS, RESPONSES, name='python:my.own'
+  )
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ((0.0, float('nan')), 'of text 1 is nan; make'),
+    ((0.0, float('-inf')), 'of text 1 is -inf; make'),
+    ((3e38, 1e39), r'of text 1 is 1e\+39, too large for float32; make'),
+    ((0.0, None), 'of text 1 is nan; make'),
+    ((1.0,), r'returned shape \(1,\) for 2 .* return \(2,\), so'),
+    ((1.0, 2.0, 3.0), r'returned shape \(3,\) for 2'),
+  ],
+)
+def test_bad_rewards_are_named_and_show_their_text(values, message):
+  text = r"\n  prompt:   'p1'\n  response: 'r1'$"
+  with pytest.raises(
+    ValueError, match=rf"^the reward 'python:my.own' {message}[^?]*{text}"
+  ):
+    score(*values)
+
+
+def test_a_reward_of_another_shape_shows_a_text():
+  with pytest.raises(ValueError, match=r"shape \(2, 1\) for 2 [^?]*'p0'"):
+    score([1.0], [2.0])
+  with pytest.raises(ValueError, match=r"shape \(\) for 2 [^?]*'p0'"):
+    rewards.score(lambda *_: 1.0, PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    ('good', 'bad'),
+    ('1.0', '2.0'),
+    (1.0, 'bad'),
+    ([1.0], [1.0, 2.0]),
+    ({'score': 1.0}, {'score': 2.0}),
+    (1j, 2.0),
+  ],
+)
+def test_rewards_that_are_no_numbers_end_in_one_line(values):
+  with pytest.raises(ValueError) as caught:
+    score(*values)
+  text = str(caught.value)
+  assert text.startswith("the reward 'python:my.own' returned [")
+  assert 'no numbers' in text and '\n' not in text
+
+
+def test_numbers_of_any_kind_are_rewards():
+  for values in ((1, 2), (np.float16(1), True + 1), (np.array(1), 2.0)):
+    assert score(*values).tolist() == [1.0, 2.0]
+  assert score(-3e38, 3e38).tolist() == [-3e38, 3e38]
+  assert rewards.score(lambda *_: [], [], []).tolist() == []
+
+
+def test_prompts_and_responses_of_different_numbers_are_refused():
   with pytest.raises(ValueError, match='2 prompts and 1 responses'):
     rewards.score(rewards.vader, ['a', 'b'], ['c'])
-  with pytest.raises(ValueError, match=r'shape \(1,\) for 2 responses'):
-    rewards.score(lambda *_: [1.0], ['a', 'b'], ['c', 'd'])
+
+
+def test_a_rule_is_a_reward_that_is_highest_where_it_is_kept():
+  reward = rewards.get('rule:digits')
+  texts = ['in 1984'] * 2, ['call 911', 'call me']
+  assert rewards.score(reward, *texts).tolist() == [0.0, 1.0]
+  for name, constraint in rewards.CONSTRAINTS.items():
+    kept = rewards.score(rewards.get(f'rule:{name}'), *texts)
+    np.testing.assert_array_equal(kept, 1.0 - constraint(*texts))
+
+
+@pytest.mark.parametrize('check', [rewards.check, reward_models.check])
+def test_names_are_checked_without_their_files(check):
+  for name in ('vader', 'rule:digits', 'sentiment:no.npz', 'python:no.such'):
+    check(name)
+  for name, message in [
+    ('vadr', "did you mean 'vader'"),
+    ('rule:digts', "constraint 'digts'; did you mean 'digits'"),
+    ('sentimant:x', "did you mean 'sentiment'"),
+    ('sentiment:', 'names nothing behind its colon'),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      check(name)
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,29 @@ def test_prompts_to_sample_from_are_those_of_training():
   assert prompts[0].tolist() == [7, *b'rompt']
 
 
-def test_bad_lines_of_a_prompt_file_are_named(tmp_path):
+@pytest.mark.parametrize(
+  'lines, message',
+  [
+    (b'{"prompt": "a"}\n\n', ':2: not a JSON object with a "prompt"'),
+    (b'{"prompt": "a"}\n{"text": "b"}\n', ':2: not a JSON object'),
+    (b'["a"]\n', ':1: not a JSON object'),
+    (b'{"prompt": "\xff"}\n', ':1: not a JSON object'),
+    (b'', ':1: no prompts, the file is empty'),
+    (b'{"prompt": "a"}\n{"prompt": ""}\n', ":2: the prompt is ''; it must"),
+    (b'{"prompt": 3}\n', ':1: the prompt is 3; it must be a text'),
+    (b'{"prompt": null}\n', ':1: the prompt is None; it must be a text'),
+    (b'{"prompt": []}\n', ":1: 'prompt' must be a list of messages"),
+    (b'{"prompt": [{"role": "me"}]}\n', ":1: prompt.0.: role 'me' is none"),
+  ],
+)
+def test_bad_prompts_are_named_by_file_and_line(tmp_path, lines, message):
   path = tmp_path / 'prompts.jsonl'
-  path.write_text('{"prompt": "a"}\n\n')
-  with pytest.raises(ValueError, match=r'prompts.jsonl:2: not a JSON object'):
+  path.write_bytes(lines)
+  with pytest.raises(ValueError, match=f'prompts.jsonl{message}') as caught:
     runs.sample_prompts(
       str(path), 2, [], tokenizers.ByteTokenizer(), max_prompt_tokens=9
     )
+  assert '\n' not in str(caught.value)
 
 
 def test_streams_of_one_seed_differ():

@@ -20,7 +20,7 @@ from experiments import sweep_results
 from tests import worlds
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = 'configs/preference.py:data=jsonl,debug'
+CONFIG = 'configs/preference.py:data=hh,debug'
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_a_grid_is_its_jobs():
       f'loss={loss},beta={beta}',
       'train',
       (
-        f'--config=configs/preference.py:data=jsonl,debug,loss={loss}',
+        f'--config=configs/preference.py:data=hh,debug,loss={loss}',
         f'--config.loss.{loss}.beta={beta}',
         '--config.data.source=a b.jsonl',
       ),
@@ -61,23 +61,25 @@ def test_a_grid_is_its_jobs():
 
 
 def test_values_are_read_by_the_type_of_their_key():
-  entries = ['optim.lr=1', 'num_steps=3', "judges=('vader','length'),()"]
-  entries += ['debug=false,true', 'data=hh']
+  entries = ['optim.lr=1', 'num_steps=3', 'epochs=0']
+  entries += ["judges=('vader','rule:digits'),()"]
+  entries += ['debug=false,true', 'data=tldr']
   jobs, problems = grids.expand(CONFIG, entries)
   assert problems == []
   assert [job.config['eval']['samples']['judges'] for job in jobs] == [
-    *(('vader', 'length'),) * 2,
+    *(('vader', 'rule:digits'),) * 2,
     *((),) * 2,
   ]
   lr = jobs[0].config['optim']['lr']
   assert (lr, type(lr)) == (1.0, float)
   # Behind the colon what the grid sets replaces what stands there.
   assert [job.arguments[0].partition(':')[2] for job in jobs[:2]] == [
-    'data=hh',
-    'debug,data=hh',
+    'data=tldr',
+    'debug,data=tldr',
   ]
   # Only what varies is in the name, in letters that need no quotes.
-  assert jobs[0].name == 'judges=%28%27vader%27%2C%27length%27%29,debug=false'
+  judges = '%28%27vader%27%2C%27rule%3Adigits%27%29'
+  assert jobs[0].name == f'judges={judges},debug=false'
   assert shlex.quote(jobs[0].name) == jobs[0].name
 
 
@@ -134,6 +136,64 @@ def test_all_problems_are_listed_at_once(tmp_path, capsys):
 def test_what_cannot_run_is_refused(config, entries, message):
   _, (problem,) = grids.expand(config, entries)
   assert message in problem
+
+
+OPENINGS = 'configs/quickstart.py:debug'
+ON_POLICY = 'configs/ppo.py:debug'
+
+
+@pytest.mark.parametrize(
+  'config, entry, message',
+  [
+    (CONFIG, 'optim.name=adam', "did you mean 'adamw'"),
+    (CONFIG, 'optim.schedule=step', "optim.schedule is 'step'"),
+    (CONFIG, 'model.dtype=float33', 'model.dtype'),
+    (CONFIG, 'model.remat=all', 'model.remat'),
+    (CONFIG, 'data.task=hhh', "did you mean 'hh'"),
+    (CONFIG, "data.subsets=('harmless',)", "did you mean 'harmless-base'"),
+    (CONFIG, 'data=jsonl', 'jsonl has no official files'),
+    (CONFIG, 'data.form=rankings', 'the losses learn from pairs'),
+    (CONFIG, 'data.held_out=1.0', 'held_out 1.0 must lie in'),
+    (CONFIG, 'checkpoint.keep=0', 'keep at least 1'),
+    (CONFIG, 'checkpoint.best=loss', 'write min:NAME or max:NAME'),
+    (CONFIG, 'epochs=1.0', 'set one of num_steps and epochs'),
+    (CONFIG, 'logps_chunk=0', 'use 1 or more'),
+    (CONFIG, 'samples.reward=vadr', "did you mean 'vader'"),
+    (CONFIG, "judges=('vadr',)", "did you mean 'vader'"),
+    (CONFIG, 'ranker=length', 'samples_per_prompt is 1'),
+    (CONFIG, 'samples.cost=digts', "did you mean 'digits'"),
+    (CONFIG, 'adapter.kind=lora', 'behind the colon'),
+    (ON_POLICY, 'reward.name=vadr', "did you mean 'vader'"),
+    (ON_POLICY, 'reward.normalize=x', 'unknown reward.normalize'),
+    (ON_POLICY, 'kl.estimator=k2', 'unknown kl.estimator'),
+    (ON_POLICY, 'kl.coef=-1', 'kl.coef is -1.0; use 0 or more'),
+    (ON_POLICY, 'ppo.clip=-1', 'ppo.clip is -1.0'),
+    (ON_POLICY, 'ppo.lam=7', 'ppo.lam is 7.0'),
+    (ON_POLICY, 'rollout.batch_size=0', 'rollout.batch_size is 0'),
+    (ON_POLICY, 'optim.name=adam', "did you mean 'adamw'"),
+    (ON_POLICY, 'data.task=prompt', "did you mean 'prompts'"),
+    (OPENINGS, 'rounds=0', 'rounds is 0'),
+    (OPENINGS, 'reward=vadr', "did you mean 'vader'"),
+    (OPENINGS, 'optim.name=adam', "did you mean 'adamw'"),
+    (OPENINGS, 'constraint.name=digits', 'use configs/constrained.py'),
+  ],
+)
+def test_what_needs_no_data_is_refused_before_anything_runs(
+  config, entry, message
+):
+  _, (problem,) = grids.expand(config, [entry])
+  assert message in problem
+
+
+def test_all_that_is_wrong_with_a_job_is_listed():
+  entries = ['kl.coef=-1,0.1', 'ppo.lam=7', 'optim.name=adam']
+  _, problems = grids.expand(ON_POLICY, entries)
+  assert problems == [
+    "unknown optimizer 'adam'; did you mean 'adamw'? There are adamw, rmsprop"
+    ' (with kl.coef=-1 and 1 more)',
+    'kl.coef is -1.0; use 0 or more (with kl.coef=-1)',
+    'ppo.lam is 7.0; use a number from 0 to 1 (with kl.coef=-1 and 1 more)',
+  ]
 
 
 def test_planning_starts_no_device():
