@@ -75,10 +75,12 @@ def set_up(config, mesh, *, splits=('train', 'test')):
   everything = [*groups['train'], *groups['test']]
   groups['test'] = groups['test'][: config.eval.max_groups or None]
 
+  batch_size = config.eval.batch_size  # read, if nothing is held out too
+
   def evaluation_plan(split):
     return batches.evaluation_plan(
       groups[split],
-      batch_size=config.eval.batch_size,
+      batch_size=batch_size,
       row_length=config.data.row_length,
       multiple=sharding.row_shards(mesh),
       window=model_config.window,
