@@ -1,4 +1,4 @@
-"""Losses side by side on controlled sentiment: three studies.
+"""Losses side by side on controlled sentiment, as studies.
 
   python -m experiments.imdb_variants --imdb=runs/imdb --workdir=runs/variants \
       --study=displacement
@@ -10,6 +10,7 @@ learn from its pairs and are measured as its runs are; nothing is written there.
   length          labels by P(positive) + 0.002 x length in tokens, from a model
                   whose responses end (`imdb_lengths`)
   length_strong   the same with 0.02 x length
+  length_none     the same labels without it: what length does by itself
   bakeoff         every method with two learning rates and two strengths
 
 The jobs are those of `sweep`: a process each, what is finished is skipped, the
@@ -122,6 +123,7 @@ STUDIES = {
   ),
   'length': Study(_LENGTH, bonus=0.002),
   'length_strong': Study(_LENGTH, bonus=0.02),
+  'length_none': Study(_LENGTH, bonus=0.0),
   'bakeoff': Study(tuple(m for m in METHODS if m != 'dpo_norm'), whole=True),
 }
 
