@@ -106,6 +106,9 @@ def test_displacement_is_that_of_the_logs(imdb, monkeypatch, capsys):
   assert '| A12 | void | there is no run of apo_down, nca,' in text
   for name in ('curves.png', 'sweep.csv', 'table.md', 'verdict.json'):
     assert (folder / name).stat().st_size > 100
+  monkeypatch.delattr(sweep, 'run')
+  assert call(imdb, '--study=displacement', '--only=dpo', '--collect') == 0
+  assert (folder / 'results.md').read_text() == text
   (dpo,) = imdb_tables.read(folder)
   assert dpo.values == {'method': 'dpo', 'lr': '0.001', 'strength': '0.1'}
   # Every prompt has two pairs, so that both means are the same.
