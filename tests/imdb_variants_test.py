@@ -521,6 +521,20 @@ def test_gate_of_the_bake_off():
   assert said['verdict'] == 'void' and 'nothing of tr_dpo' in said['text']
 
 
+def test_tables_show_what_there_is():
+  run = variant('dpo', length=(20.0, 26.0))
+  run.records[-1][1]['samples/length_se'] = 0.5
+  begun = imdb_verdicts.Variant(run.values, 'unfinished', [], {})
+  first, _, whole, empty = imdb_tables.arms([run, begun]).splitlines()
+  assert '26.000 ± 0.500' in whole and '0.600' in whole and 'nan' not in whole
+  assert 'dpo (unfinished)' in empty and 'nan' not in empty
+  assert empty.count(' - ') == first.count('|') - 4
+  assert imdb_tables.curves([run, begun]) == {
+    'reward': {'dpo, lr 0.001, 0.1': [(0, 0.4, None), (5, 0.6, None)]},
+    'length, tokens': {'dpo, lr 0.001, 0.1': [(0, 20.0, None), (5, 26.0, 0.5)]},
+  }
+
+
 # --- Bad input ---
 
 
