@@ -90,21 +90,30 @@ def arms(variants):
   for v in variants:
     cells = [v.values[name] for name in ('method', 'lr', 'strength')]
     for name in _SHOWN:
-      pair = [v.number(f'samples/{name}{end}') for end in ('', '_se')]
-      cells.append(f'{pair[0]:.3f} ± {pair[1]:.3f}')
-    cells.append(f'{v.number("samples/distinct_2"):.3f}')
-    cells.append(f'{v.number("heldout/rewards/accuracy"):.3f}')
-    if v.changes is not None:
       cells.append(
-        imdb_verdicts.told(imdb_verdicts.mean_and_error(v.changes), 2)
+        _cell(v.number(f'samples/{name}'), v.number(f'samples/{name}_se'))
       )
+    cells.append(_cell(v.number('samples/distinct_2')))
+    cells.append(
+      _cell(*(v.number(f'heldout/rewards/accuracy{x}') for x in ('', '_se')))
+    )
+    if v.changes is not None:
+      cells.append(_cell(*imdb_verdicts.mean_and_error(v.changes)))
     else:
       name = 'heldout/logps/chosen'
-      cells.append(f'{v.number(name) - v.number(name, last=False):+.2f}')
+      cells.append(_cell(v.number(name) - v.number(name, last=False)))
     if v.status != 'finished':
       cells[0] += f' ({v.status})'
     rows.append(cells)
   return report.markdown_table(rows)
+
+
+def _cell(value, error=math.nan):
+  """Writes a number with its error, as far as there are any."""
+  if math.isnan(value):
+    return '-'
+  text = f'{value:.3f}'
+  return text if math.isnan(error) else f'{text} ± {error:.3f}'
 
 
 def curves(variants):

@@ -1,4 +1,4 @@
-"""Losses side by side on controlled sentiment: three studies.
+"""Losses side by side on controlled sentiment, as studies.
 
   python -m experiments.imdb_variants --imdb=runs/imdb --workdir=runs/variants \
       --study=displacement
@@ -10,13 +10,15 @@ learn from its pairs and are measured as its runs are; nothing is written there.
   length          labels by P(positive) + 0.002 x length in tokens, from a model
                   whose responses end (`imdb_lengths`)
   length_strong   the same with 0.02 x length
+  length_none     the same labels without it: what length does by itself
   bakeoff         every method with two learning rates and two strengths
 
 The jobs are those of `sweep`: a process each, what is finished is skipped, the
 same command goes on. WORKDIR/STUDY has a folder for each, and the gates, tables
 and pictures of `imdb_tables`. --only=dpo,nca runs some of the methods,
 --lr=1e-4,3e-4 other learning rates (methods are compared at the first one),
---print shows a command a job and runs none, but makes what they learn from.
+--print shows a command a job and runs none, but makes what they learn from;
+--collect makes the tables again.
 """
 
 import argparse
@@ -122,6 +124,7 @@ STUDIES = {
   ),
   'length': Study(_LENGTH, bonus=0.002),
   'length_strong': Study(_LENGTH, bonus=0.02),
+  'length_none': Study(_LENGTH, bonus=0.0),
   'bakeoff': Study(tuple(m for m in METHODS if m != 'dpo_norm'), whole=True),
 }
 
@@ -351,7 +354,7 @@ def run(options):
       if not workdirs.finished(folder / job.name):
         print(shlex.join(sweep.command(job, folder, program=sweep.PRINTED)))
     return 0
-  status = sweep.run(jobs, str(folder))
+  status = 0 if options.collect else sweep.run(jobs, str(folder))
   if status != processes.PREEMPTED:
     known = {job.name: job.values for job in jobs}
     lr = (*asked['rates'], size.lr)[0]
@@ -379,6 +382,7 @@ def main(arguments=None):
   add('--only', default='', help='methods, with commas between')
   add('--lr', default='', help='learning rates, with commas between')
   add('--print', action='store_true', help='a command a job; run none')
+  add('--collect', action='store_true', help='gates and tables; run nothing')
   add('--traceback', action='store_true', help='show where an error arose')
   options = parser.parse_args(arguments)
   try:

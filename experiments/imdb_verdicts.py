@@ -76,6 +76,11 @@ def told(pair, digits=3):
   return f'{mean:+.{digits}f} ± {error:.{digits}f}'
 
 
+def _rate(pair):
+  """Writes a share and its error."""
+  return f'{pair[0]:.3f} ± {pair[1]:.3f}'
+
+
 def _gate(parts, text, *, void=''):
   """Returns what a gate says.
 
@@ -227,8 +232,8 @@ def gate_a13(runs, baseline, bonus):
     text = (
       f'{method}: length {100 * found["growth"][0]:+.1f} ±'
       f' {100 * found["growth"][1]:.1f} %, reward {told(found["rise"])}'
-      f' over SFT, win rate {told(found["raw"])}, length-controlled'
-      f' {told(found["controlled"])}'
+      f' over SFT, win rate {_rate(found["raw"])}, length-controlled'
+      f' {_rate(found["controlled"])}'
     )
     if method != 'dpo' and 'dpo' in runs:
       theirs = runs['dpo'].column('reward')

@@ -107,6 +107,9 @@ def test_displacement_is_that_of_the_logs(imdb, monkeypatch, capsys):
   assert '| A12 | void | there is no run of apo_down, nca,' in text
   for name in ('curves.png', 'sweep.csv', 'table.md', 'verdict.json'):
     assert (folder / name).stat().st_size > 100
+  monkeypatch.delattr(sweep, 'run')
+  assert call(imdb, '--study=displacement', '--only=dpo', '--collect') == 0
+  assert (folder / 'results.md').read_text() == text
   (dpo,) = imdb_tables.read(folder)
   assert dpo.values == {'method': 'dpo', 'lr': '0.001', 'strength': '0.1'}
   # Every prompt has two pairs, so that both means are the same.
@@ -517,6 +520,20 @@ def test_gate_of_the_bake_off():
   del kinds['tr_dpo']
   said = gate(kinds)
   assert said['verdict'] == 'void' and 'nothing of tr_dpo' in said['text']
+
+
+def test_tables_show_what_there_is():
+  run = variant('dpo', length=(20.0, 26.0))
+  run.records[-1][1]['samples/length_se'] = 0.5
+  begun = imdb_verdicts.Variant(run.values, 'unfinished', [], {})
+  first, _, whole, empty = imdb_tables.arms([run, begun]).splitlines()
+  assert '26.000 ± 0.500' in whole and '0.600' in whole and 'nan' not in whole
+  assert 'dpo (unfinished)' in empty and 'nan' not in empty
+  assert empty.count(' - ') == first.count('|') - 4
+  assert imdb_tables.curves([run, begun]) == {
+    'reward': {'dpo, lr 0.001, 0.1': [(0, 0.4, None), (5, 0.6, None)]},
+    'length, tokens': {'dpo, lr 0.001, 0.1': [(0, 20.0, None), (5, 26.0, 0.5)]},
+  }
 
 
 # --- Bad input ---
