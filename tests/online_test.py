@@ -389,6 +389,7 @@ def test_without_a_constraint_pairs_are_those_of_multiplier_zero(
     online.read_prompts(config.prompts)['train'],
     str(tmp_path),
     rewards.get(config.reward),
+    name=config.reward,
     cost=None,
     multiplier=0.0,
     **config.sampling,
