@@ -82,6 +82,7 @@ def of_training(config, mesh, *, reward=''):
 
 def _samples(how, reward):
   for name in runs.measured(how, reward).values():
-    reward_models.check(name)
+    if name:  # '' is that of PPO, which says that it is needed
+      reward_models.check(name)
   if how.cost != 'none':
     rewards.get_constraint(how.cost)

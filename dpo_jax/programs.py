@@ -274,6 +274,9 @@ def _of_ppo(config, mesh, lengths):
         sampling.lower,
         policy.config,
         variables,
+        sharding.abstract(
+          jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh)
+        ),
         longest=prompt,
         max_new_tokens=config.data.max_response_tokens,
         temperature=1.0,

@@ -161,6 +161,7 @@ def prepared(config, variables):
 def lower(
   config,
   variables,
+  key,
   *,
   longest,
   max_new_tokens,
@@ -184,7 +185,7 @@ def lower(
     np.zeros((batch_size, prompt_slots(longest)), np.int32),
     np.zeros(batch_size, np.int32),
     np.zeros(batch_size, np.int32),
-    jax.eval_shape(lambda: jax.random.key(0)),
+    key,
     np.zeros(num_eos, np.int32),
     max_new_tokens=max_new_tokens,
     temperature=float(temperature),

@@ -517,7 +517,8 @@ def test_a_sweep_trains_and_shows_what_was_logged(
   flags = os.environ['XLA_FLAGS'].replace('_count=8', '_count=1')
   monkeypatch.setenv('XLA_FLAGS', flags)
   source = worlds.write_pairs(tmp_path)
-  entries = ['loss=ipo_sum', f'data.source={source}', 'num_prompts=0']
+  entries = ['data=jsonl', 'loss=ipo_sum', f'data.source={source}']
+  entries += ['num_prompts=0']
   entries += [f'data.cache_dir={tmp_path / "data"}', 'optim.lr=1e-3']
   metric = '--metrics=heldout/loss,change:heldout/logps/chosen'
   folder = tmp_path / 'sweep'
