@@ -489,8 +489,12 @@ class Checkpoints:
     return math.inf if math.isnan(value) else value
 
   def _failed(self, error, step):
-    """Returns an error that says what to do; what failed takes no space."""
-    if processes.first():
+    """Returns an error that says what to do.
+
+    What failed takes no space; of several processes the others may be writing
+    it still, and would fail of that, so the next start removes it.
+    """
+    if processes.alone():
       self._remove_parts()
     kept = _listed(self._directory)
     reason, fix = causes.line(error), 'see why, and start the run again'

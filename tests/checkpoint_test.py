@@ -586,9 +586,13 @@ def test_a_disk_of_one_process_that_is_full_ends_all_with_its_reason(
   codes, _, errors, seconds = processes_test.together(body.strip())
   assert codes == [1, 1], errors
   reason = 'checkpoint 6 could not be written (File too large); the last good'
-  assert all(reason in error for error in errors)
+  assert all(reason in error for error in errors), errors
   other = 1 - victim
   assert f'process {other} ends, as process {victim} did' in errors[other]
   assert 'Traceback' not in ''.join(errors)
   assert seconds < processes_test.ENDS
   assert checkpoint.steps(tmp_path) == [3]
+  # Not taken away from the other one, which would have failed of that.
+  assert list(tmp_path.glob('6.orbax-checkpoint-tmp*'))
+  checkpoint.Checkpoints(tmp_path, keep=1).close()
+  assert [path.name for path in tmp_path.iterdir()] == ['3']
