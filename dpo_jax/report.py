@@ -39,12 +39,9 @@ def frontier_png(points, path, *, reward='reward'):
   figure, (axis,) = axes_of(6, 4.2)
   kls, values = [[p[k] for p in points] for k in ('kl', 'reward')]
   axis.plot(kls, values, color=BLUE, linewidth=1.5, zorder=2)
-  axis.errorbar(
-    kls,
-    values,
-    xerr=[2 * p.get('kl_se', 0.0) for p in points],
-    yerr=[2 * p.get('reward_se', 0.0) for p in points],
-    fmt='o',
+  draw_frontier(
+    axis,
+    points,
     color=BLUE,
     ecolor=GREY,
     elinewidth=1,
@@ -68,6 +65,21 @@ def frontier_png(points, path, *, reward='reward'):
   axis.set_ylabel(reward)
   _note_bars(axis, points)
   figure.savefig(path)
+
+
+def draw_frontier(axis, points, **style):
+  """Draws the points of `frontier_png`, without a line between them.
+
+  style: of matplotlib's `errorbar`.
+  """
+  axis.errorbar(
+    [p['kl'] for p in points],
+    [p['reward'] for p in points],
+    xerr=[2 * p.get('kl_se', 0.0) for p in points],
+    yerr=[2 * p.get('reward_se', 0.0) for p in points],
+    fmt='o',
+    **style,
+  )
 
 
 def _note_bars(axis, points):
@@ -206,16 +218,21 @@ def _style(index):
   }
 
 
-def markdown_table(rows):
-  """Returns rows of texts, the first of them titles, as Markdown."""
+def markdown_table(rows, *, aligned=True):
+  """Returns rows of texts, the first of them titles, as Markdown.
+
+  aligned: whether cells are padded to the longest of their column.
+  """
   first, *others = [[cell.replace('|', '\\|') for cell in row] for row in rows]
-  widths = [max(map(len, column)) for column in zip(first, *others)]
+  widths = [
+    max(map(len, column)) if aligned else 0 for column in zip(first, *others)
+  ]
 
   def line(cells):
     padded = [cell.ljust(n) for cell, n in zip(cells, widths, strict=True)]
     return f'| {" | ".join(padded)} |'
 
-  rule = line(['-' * n for n in widths])
+  rule = line(['-' * (n or 3) for n in widths])
   return '\n'.join([line(first), rule, *map(line, others)]) + '\n'
 
 

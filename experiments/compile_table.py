@@ -22,11 +22,11 @@ import time
 from configs import preference
 from dpo_jax import compilations
 from dpo_jax import settings
+from experiments import compile_records
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'docs' / 'compile_table.jsonl'
 PAGE = ROOT / 'docs' / 'scaling.md'
-BEGIN, END = '<!-- compile_table -->', '<!-- /compile_table -->'
 
 _IMDB = (8, 124, 124)  # tokens of a prompt and its responses
 _LONGEST = ()  # that the config allows: 256 of each
@@ -150,28 +150,13 @@ def _named(number):
   return f'row {number} ({model}, {task}, {name})'
 
 
-def _read():
-  """Returns {number of a row: its record}."""
-  if not RESULTS.exists():
-    return {}
-  found = map(json.loads, RESULTS.read_text().splitlines())
-  return {record['row']: record for record in found}
-
-
-def _keep(record):
-  """Writes a record in the place of the one that its row had."""
-  found = _read() | {record['row']: record}
-  lines = [json.dumps(found[number]) + '\n' for number in sorted(found)]
-  RESULTS.write_text(''.join(lines))
-
-
 def records():
   """Returns the record of every row, in the order of ROWS.
 
   Raises ValueError, which names the rows and the command that mends them, where
   one has no record or one of another program than it asks for.
   """
-  found, wrong = _read(), {}
+  found, wrong = compile_records.read(RESULTS, 'row'), {}
   for number in range(len(ROWS)):
     row, record = asked(number), found.get(number)
     if record is None:
@@ -245,11 +230,8 @@ HEADINGS = [
 
 def page():
   """Returns docs/scaling.md with the table of the records; see `records`."""
-  rows = [HEADINGS, ['---'] * len(HEADINGS), *map(_cells, records())]
-  table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
-  before, rest = PAGE.read_text().split(BEGIN)
-  _, after = rest.split(END)
-  return f'{before}{BEGIN}\n{table}\n{END}{after}'
+  rows = [HEADINGS, *map(_cells, records())]
+  return compile_records.on_page(PAGE, 'compile_table', rows)
 
 
 def render():
@@ -267,7 +249,8 @@ def _compile(number):
     env=os.environ | {'LIBTPU_INIT_ARGS': asked(number)['flags']},
   )
   if not done.returncode:
-    _keep(json.loads(done.stdout.splitlines()[-1]))
+    record = json.loads(done.stdout.splitlines()[-1])
+    compile_records.keep(RESULTS, 'row', record, range(len(ROWS)))
   return not done.returncode
 
 

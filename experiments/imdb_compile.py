@@ -24,12 +24,12 @@ import jax
 
 from dpo_jax import compilations
 from dpo_jax import settings
+from experiments import compile_records
 from experiments import imdb_scales
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'docs' / 'imdb_compile.jsonl'
 PAGE = ROOT / 'docs' / 'scaling.md'
-BEGIN, END = '<!-- imdb_compile -->', '<!-- /imdb_compile -->'
 
 SCALE, SLICE = imdb_scales.SCALES['paper'], 'v5e-8'
 _PATHS = imdb_scales.Paths('runs/imdb')  # nothing is read there
@@ -142,24 +142,9 @@ def prove(name):
   }
 
 
-def _read():
-  """Returns {name: its record}."""
-  if not RESULTS.exists():
-    return {}
-  found = map(json.loads, RESULTS.read_text().splitlines())
-  return {record['name']: record for record in found}
-
-
-def _keep(record):
-  """Writes a record in the place of the one that its name had."""
-  found = _read() | {record['name']: record}
-  lines = [json.dumps(found[n]) + '\n' for n in NAMES if n in found]
-  RESULTS.write_text(''.join(lines))
-
-
 def records():
   """Returns ({name: record}, {name: why it has none}) of NAMES."""
-  found, wrong = _read(), {}
+  found, wrong = compile_records.read(RESULTS, 'name'), {}
   for name in NAMES:
     if name not in found:
       wrong[name] = f'{name} has no record'
@@ -184,7 +169,7 @@ def page():
   runs = collections.Counter(
     imdb_scales.parse(run).method for run in imdb_scales.FULL
   )
-  rows, total = [HEADINGS, ['---'] * len(HEADINGS)], [0.0, 0.0]
+  rows, total = [HEADINGS], [0.0, 0.0]
   for name, record in found.items():
     names = [name, *(n for n, like in SAME.items() if like == name)]
     number = sum(runs.get(n, 0) for n in names)
@@ -199,10 +184,7 @@ def page():
     rows.append(
       [f'all {sum(runs.values())} runs', '', '', '', '', _span(total, 1)]
     )
-  table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
-  before, rest = PAGE.read_text().split(BEGIN)
-  _, after = rest.split(END)
-  return f'{before}{BEGIN}\n{table}\n{END}{after}'
+  return compile_records.on_page(PAGE, 'imdb_compile', rows)
 
 
 def _cells(names, number, record, steps, hours):
@@ -241,7 +223,7 @@ def main():
   jax.config.update('jax_platforms', 'cpu')
   if not options.render:
     for name in options.only or NAMES:
-      _keep(prove(name))
+      compile_records.keep(RESULTS, 'name', prove(name), NAMES)
   PAGE.write_text(page())
   _, wrong = records()
   if wrong:

@@ -27,12 +27,9 @@ def frontier_png(runs, curve, path):
   for method, colour in COLOURS.items():
     points = [p for x in runs.get(method, []) for p in x.points]
     if points:
-      axis.errorbar(
-        [p['kl'] for p in points],
-        [p['reward'] for p in points],
-        xerr=[2 * p.get('kl_se', 0.0) for p in points],
-        yerr=[2 * p.get('reward_se', 0.0) for p in points],
-        fmt='o',
+      report.draw_frontier(
+        axis,
+        points,
         color=colour,
         ecolor=colour,
         elinewidth=0.5,

@@ -33,7 +33,9 @@ def record(name):
 def write(tmp_path, monkeypatch):
   """Writes records to a copy of the folder, whose page has a place for them."""
   page, results = tmp_path / 'page.md', tmp_path / 'records.jsonl'
-  page.write_text(f'before\n{imdb_compile.BEGIN}\n{imdb_compile.END}\nafter\n')
+  page.write_text(
+    'before\n<!-- imdb_compile -->\n<!-- /imdb_compile -->\nafter\n'
+  )
   monkeypatch.setattr(imdb_compile, 'PAGE', page)
   monkeypatch.setattr(imdb_compile, 'RESULTS', results)
   monkeypatch.setattr(sys, 'argv', ['imdb_compile', '--render'])
