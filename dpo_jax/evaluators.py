@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from dpo_jax import judges
 from dpo_jax import logps
 from dpo_jax import objectives
 from dpo_jax import processes
@@ -300,7 +301,7 @@ def over_prompts(name, values_N):
   """Returns a mean and, of more prompts than one, its standard error."""
   out = {name: values_N.mean()}
   if len(values_N) > 1:
-    out[f'{name}_se'] = values_N.std(ddof=1) / len(values_N) ** 0.5
+    out[f'{name}_se'] = judges.standard_error(values_N)
   return out
 
 

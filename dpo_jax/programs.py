@@ -91,7 +91,7 @@ def of_config(config, mesh, *, lengths=()):
 
 
 def _of_train(config, mesh, lengths):
-  train.check_accumulate(config, mesh)
+  train.check(config, mesh)
   # ------------------------------------------------------ model and batch ----
   terms = runs.bind_losses(config)
   policy = policies.abstract_policy(config, mesh, head=runs.head_scale(config))

@@ -138,10 +138,7 @@ def read_constraint(section, *, rounds):
 def check_train_config(config, *, max_new_tokens):
   """Refuses what would fail, or be silently replaced, hours later."""
   for name, value in SET_HERE.items():
-    found = config
-    for part in name.split('.'):
-      found = found[part]
-    if found != value:
+    if settings.at(config, name) != value:
       raise ValueError(
         f'config.train.{name} is set by the loop; leave it as it is'
       )

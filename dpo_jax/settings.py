@@ -72,12 +72,12 @@ class Settings(Mapping):
         f'config keys that nothing reads: {", ".join(names)}; remove them'
       )
 
-  def at(self, name):
-    """Returns the value of a dotted name."""
-    value = self
-    for part in name.split('.'):
-      value = value[part]
-    return value
+
+def at(config, name):
+  """Returns the value of a dotted name, in nested mappings of any kind."""
+  for part in name.split('.'):
+    config = config[part]
+  return config
 
 
 def check_numbers(config, ranges):
@@ -85,7 +85,7 @@ def check_numbers(config, ranges):
 
   `ranges` has {dotted name: words of `NUMBERS`}.
   """
-  found = {name: config.at(name) for name in ranges}
+  found = {name: at(config, name) for name in ranges}
   problems = [
     f'{name} is {value}; use {ranges[name]}'
     for name, value in found.items()

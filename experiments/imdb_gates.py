@@ -34,6 +34,25 @@ COMPETENT = 0.2  # least rise of PPO's reward over the SFT model's
 BELOW = ('unlikelihood', 'preferred_ft')  # that are to stay below DPO
 
 
+def gate(parts, text, *, void=False, complete=True, **numbers):
+  """Returns what a gate says, see above.
+
+  Args:
+    parts: {what is asked: whether it holds}.
+    text: the numbers.
+    void: whether they are no answer.
+    complete: whether all that is to be asked is there.
+    numbers: that the dict has besides.
+  """
+  if void:
+    verdict = 'void'
+  elif not all(parts.values()):
+    verdict = 'not met'
+  else:
+    verdict = 'met' if complete else 'incomplete'
+  return {'verdict': verdict, 'text': text, 'parts': parts} | numbers
+
+
 def checkpoints(runs, *, first=True):
   """Returns the checkpoints of runs, the `first` of each with them or not."""
   return [
@@ -71,12 +90,6 @@ def a1(found, *, sft, resamples=10_000):
     'dominated': float(beaten.mean()) >= 0.8,
     'area': areas['difference'] >= 0.0 and areas['p'] < 0.05,
   } | {method: x['below'] for method, x in others.items()}
-  if rise < COMPETENT:
-    verdict = 'void'
-  elif not all(parts.values()):
-    verdict = 'not met'
-  else:
-    verdict = 'met' if len(others) == len(BELOW) else 'incomplete'
   text = (
     f'{len(found["dpo"])} DPO and {len(found["ppo"])} PPO runs:'
     f' {int(beaten.sum())} of {len(beaten)} PPO checkpoints'
@@ -90,16 +103,17 @@ def a1(found, *, sft, resamples=10_000):
   for method, x in others.items():
     text += f'; {method} at best {x["reward"]:.3f} at {x["kl"]:.2f} nats'
     text += f', DPO there {x["dpo"]:.3f}' if x['gains'] else ': no gain on SFT'
-  return {
-    'verdict': verdict,
-    'text': text,
-    'parts': parts,
-    'dominated': float(beaten.mean()),
-    'under': float(under.mean()),
-    'areas': areas,
-    'rise': rise,
-    'others': others,
-  }
+  return gate(
+    parts,
+    text,
+    void=rise < COMPETENT,
+    complete=len(others) == len(BELOW),
+    dominated=float(beaten.mean()),
+    under=float(under.mean()),
+    areas=areas,
+    rise=rise,
+    others=others,
+  )
 
 
 def below(measured, corners, *, sft):
@@ -162,13 +176,12 @@ def a2(curve):
     'plateau': late < 0.25 * early,
     'bound': bounded,
   }
-  return {
-    'verdict': 'met' if all(parts.values()) else 'not met',
-    'text': f'reward of the best of N {told}; from 64 to 128 {late:+.4f} ±'
+  return gate(
+    parts,
+    f'reward of the best of N {told}; from 64 to 128 {late:+.4f} ±'
     f' {late_se:.4f}, from 1 to 4 {early:+.4f}; KL'
     f' {"within" if bounded else "beyond"} the bound',
-    'parts': parts,
-  }
+  )
 
 
 def a3(rows):
@@ -199,13 +212,12 @@ def a3(rows):
     for row in rows
     if row['temperature'] == 0.0
   )
-  return {
-    'verdict': 'met' if all(parts.values()) else 'not met',
-    'text': f'best win rate {told}; lost from there to temperature 1: DPO'
+  return gate(
+    parts,
+    f'best win rate {told}; lost from there to temperature 1: DPO'
     f' {drop["dpo"]:.3f}, PPO {drop["ppo"]:.3f}; distinct-2 at temperature 0:'
     f' {repeated}',
-    'parts': parts,
-  }
+  )
 
 
 def a15(records, step):
@@ -218,12 +230,12 @@ def a15(records, step):
   """
   name = 'heldout/rewards/accuracy'
   (found,) = (r for r in records if name in r and r['step'] == step)
-  return {
-    'verdict': 'met' if found[name] >= 0.9 else 'not met',
-    'text': f'accuracy {found[name]:.3f} ± {found[f"{name}_se"]:.3f} on'
+  return gate(
+    {'accuracy': found[name] >= 0.9},
+    f'accuracy {found[name]:.3f} ± {found[f"{name}_se"]:.3f} on'
     f' {found["heldout/groups"]:.0f} held-out pairs (as if those of a prompt'
     f' were independent), at step {step}, which they chose',
-  }
+  )
 
 
 def tilted_curve(rewards_NS):

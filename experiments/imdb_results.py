@@ -25,6 +25,7 @@ import numpy as np
 from dpo_jax import checkpoint
 from dpo_jax import judges
 from dpo_jax import metrics
+from dpo_jax import report
 from dpo_jax import workdirs
 from experiments import imdb_gates
 from experiments import imdb_pictures
@@ -61,8 +62,9 @@ class Evaluated:
   """A finished run: its evaluations, first to last.
 
   points: dicts of 'step' and `_MEASURED`. checkpoints: of the same evaluations,
-  {'kl': [N], 'reward': [N]} by prompt, as `frontiers` wants them. Where numbers
-  are not finite there is no point. stopped: why it ended before its time.
+  {'kl': [N], 'reward': [N]} by prompt, as `frontiers` wants them, or [] where
+  texts were not read. Where numbers are not finite there is no point. stopped:
+  why it ended before its time.
   """
 
   run: imdb_scales.Run
@@ -71,14 +73,16 @@ class Evaluated:
   stopped: str
 
 
-def read_runs(folder):
+def read_runs(folder, *, texts=True):
   """Returns {name: Evaluated} of the finished runs of a folder."""
   out = {}
   for path in sorted(folder.glob(f'*/{FINISHED}')):
     run = imdb_scales.parse(path.parent.name)
-    points, checkpoints = evaluations(
-      metrics.read(path.parent), metrics.read(path.parent, 'samples.jsonl')
-    )
+    points = read_points(metrics.read(path.parent))
+    checkpoints = []
+    if texts:
+      samples = metrics.read(path.parent, 'samples.jsonl')
+      checkpoints = by_prompt(points, samples)
     stopped = json.loads(path.read_text())['stopped']
     out[run.name] = Evaluated(run, points, checkpoints, stopped)
   return out
@@ -92,33 +96,42 @@ def read_reward_model(folder):
   return metrics.read(folder), step
 
 
-def evaluations(records, samples):
-  """Joins a run's metrics and samples: (points, checkpoints) of `Evaluated`."""
-  texts = {}
-  for row in samples:
-    texts.setdefault(row['step'], {}).setdefault(row['prompt'], []).append(row)
-  points, checkpoints = [], []
-  for record in records:
-    if 'samples/kl' not in record:
-      continue
-    point = {'step': record['step']} | {
+def read_points(records):
+  """Returns the points of `Evaluated` of a run's metrics."""
+  points = [
+    {'step': record['step']}
+    | {
       name: record[f'samples/{name}']
       for name in _MEASURED
       if f'samples/{name}' in record
     }
-    if not (math.isfinite(point['kl']) and math.isfinite(point['reward'])):
-      continue
-    by_prompt = texts[record['step']]
-    points.append(point)
-    checkpoints.append(
-      {
-        name: np.array(
-          [np.mean([r[name] for r in rows]) for rows in by_prompt.values()]
-        )
-        for name in ('kl', 'reward')
-      }
-    )
-  return points, checkpoints
+    for record in records
+    if 'samples/kl' in record
+  ]
+  return [
+    point
+    for point in points
+    if math.isfinite(point['kl']) and math.isfinite(point['reward'])
+  ]
+
+
+def by_prompt(points, samples):
+  """Returns the checkpoints of `Evaluated`, from a run's samples."""
+  texts = {}
+  for row in samples:
+    texts.setdefault(row['step'], {}).setdefault(row['prompt'], []).append(row)
+  return [
+    {
+      name: np.array(
+        [
+          np.mean([row[name] for row in rows])
+          for rows in texts[point['step']].values()
+        ]
+      )
+      for name in ('kl', 'reward')
+    }
+    for point in points
+  ]
 
 
 def of_method(runs, method):
@@ -304,38 +317,31 @@ def as_csv(rows):
 
 def gates_markdown(said):
   """Returns the gates as a table."""
-  lines = ['| gate | verdict | numbers |', '|---|---|---|']
-  lines += [f'| {n} | {x["verdict"]} | {x["text"]} |' for n, x in said.items()]
-  return '\n'.join(lines) + '\n'
+  rows = [['gate', 'verdict', 'numbers']]
+  rows += [[name, x['verdict'], x['text']] for name, x in said.items()]
+  return report.markdown_table(rows, aligned=False)
 
 
 def runs_markdown(sft, rows):
   """Returns the SFT model and the rows of `runs_table` as a table."""
-  lines = [
-    '| run | best reward at KL | last reward at KL | second judge | length |'
-    ' distinct-2 |',
-    '|---|---|---|---|---|---|',
-  ]
-  cells = ('judge', 'length', 'distinct_2')
+  titles = ['run', 'best reward at KL', 'last reward at KL', 'second judge']
+  table = [[*titles, 'length', 'distinct-2']]
+  shown = ('judge', 'length', 'distinct_2')
   if sft:
-    lines.append(
-      f'| SFT | {sft["reward"]:.3f} | {sft["reward"]:.3f} |'
-      + ''.join(f' {_number(sft.get(name))} |' for name in cells)
-    )
+    cells = [_number(sft.get(name)) for name in shown]
+    table.append(['SFT', *[f'{sft["reward"]:.3f}'] * 2, *cells])
   for row in rows:
     if row['points']:
-      told = (
+      told = [
         f'{row[f"{at}_reward"]:.3f} ± {_number(row[f"{at}_reward_se"])} at'
         f' {row[f"{at}_kl"]:.2f}'
         for at in ('best', 'last')
-      )
-      lines.append(
-        f'| {row["run"]} | {" | ".join(told)} |'
-        + ''.join(f' {_number(row[f"last_{name}"])} |' for name in cells)
-      )
+      ]
+      cells = [_number(row[f'last_{name}']) for name in shown]
+      table.append([row['run'], *told, *cells])
     if row['stopped']:
-      lines.append(f'| {row["run"]} ended | {row["stopped"]} | | | | |')
-  return '\n'.join(lines) + '\n'
+      table.append([f'{row["run"]} ended', row['stopped'], '', '', '', ''])
+  return report.markdown_table(table, aligned=False)
 
 
 def seeds_markdown(runs):

@@ -174,11 +174,10 @@ def write(study, folder, known, *, lr, methods, paths):
   workdirs.write(str(folder / 'verdict.json'), json.dumps(said, indent=1))
   if panels := curves(variants):
     report.lines_png(panels, str(folder / 'curves.png'), xlabel='steps')
-  lines += ['| gate | verdict | numbers |', '|---|---|---|']
-  lines += [f'| {n} | {x["verdict"]} | {x["text"]} |' for n, x in said.items()]
+  lines.append(imdb_results.gates_markdown(said))
   view = sweep_results.View(metrics=_logged(variants), at='last', over='seed')
   sweep_results.collect(str(folder), known, view)
-  text = '\n'.join(lines) + '\n\n' + arms(variants)
+  text = '\n'.join([*lines, arms(variants)])
   workdirs.write(str(folder / 'results.md'), text)
   return text
 

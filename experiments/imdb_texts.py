@@ -330,7 +330,8 @@ def temperature_is_current(paths):
     return False
   rows = json.loads(paths.temperature.read_text())
   asked = {row['policy']: row['run'] for row in rows if row['policy'] != 'sft'}
-  return asked == imdb_results.compared(imdb_results.read_runs(paths.runs))
+  runs = imdb_results.read_runs(paths.runs, texts=False)
+  return asked == imdb_results.compared(runs)
 
 
 def write_temperature(scale, paths):
@@ -341,7 +342,7 @@ def write_temperature(scale, paths):
   """
   rows = imdb_results.read_lines(paths.temperature_prompts)
   prompts, truths = ([r[k] for r in rows] for k in ('prompt', 'continuation'))
-  runs = imdb_results.read_runs(paths.runs)
+  runs = imdb_results.read_runs(paths.runs, texts=False)
   chosen = {'sft': (paths.sft, 'newest')}
   for method, best in imdb_results.compared(runs).items():
     if not best:

@@ -27,6 +27,7 @@ import scipy.optimize
 import scipy.special
 
 from dpo_jax import judges
+from experiments import imdb_gates
 
 SURE = 3.0  # standard errors
 GROWS, STAYS, SHARE = 0.2, 0.1, 0.9  # of A13
@@ -90,13 +91,9 @@ def _gate(parts, text, *, void=''):
     void: why they are no answer, or ''.
   """
   failed = [name for name, holds in parts.items() if not holds]
-  verdict, why = 'met', ''
-  if void:
-    verdict, why = 'void', void
-  elif failed:
-    verdict, why = 'not met', f'fails: {", ".join(failed)}'
+  why = void or (f'fails: {", ".join(failed)}' if failed else '')
   text = '; '.join(filter(None, [why, text]))
-  return {'verdict': verdict, 'text': text, 'parts': parts}
+  return imdb_gates.gate(parts, text, void=bool(void))
 
 
 # --- A12 ----------------------------------------------------------------------

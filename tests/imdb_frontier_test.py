@@ -267,12 +267,6 @@ def keys_of(values, prefix=''):
       yield f'{prefix}{name}'
 
 
-def value_of(config, key):
-  for part in key.split('.'):
-    config = config[part]
-  return config
-
-
 @pytest.mark.parametrize('name', imdb_scales.SCALES)
 def test_every_config_of_a_scale_has_its_settings(name, tmp_path):
   scale, paths = imdb_scales.SCALES[name], imdb_scales.Paths(tmp_path)
@@ -287,7 +281,7 @@ def test_every_config_of_a_scale_has_its_settings(name, tmp_path):
     configs[run.name] = imdb_scales.run_config(run, scale, paths)
     method = imdb_scales.METHODS[run.method]
     flat = settings.Settings(configs[run.name].to_dict())
-    assert value_of(flat, method.key) == run.value
+    assert settings.at(flat, method.key) == run.value
     assert flat.seed == (
       run.value if run.method == 'preferred_ft' else run.seed
     )
@@ -295,7 +289,7 @@ def test_every_config_of_a_scale_has_its_settings(name, tmp_path):
     said = scale.settings[family] | scale.settings.get(run.method, {})
     flat = configs[run.name].to_dict()
     assert said.keys() <= set(keys_of(flat))
-    assert all(value_of(flat, key) == value for key, value in said.items())
+    assert all(settings.at(flat, key) == value for key, value in said.items())
   for config in configs.values():
     assert config.checkpoint.every == config.eval.every > 0
     assert config.model.source == (scale.source or str(paths.base))
@@ -336,7 +330,8 @@ def test_evaluations_are_joined_by_prompt():
     for step in (0, 5)
     for prompt, reward in [('a', 0.2), ('a', 0.4), ('b', 0.5)]
   ]
-  points, checkpoints = imdb_results.evaluations(records, samples)
+  points = imdb_results.read_points(records)
+  checkpoints = imdb_results.by_prompt(points, samples)
   assert points == [{'step': 0, 'kl': 0.0, 'reward': 0.4}]
   np.testing.assert_allclose(checkpoints[0]['reward'], [0.3, 0.5])
 

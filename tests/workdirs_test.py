@@ -62,12 +62,8 @@ def test_what_changes_results_is_refused_by_name(tmp_path, name, value, old):
 
 
 def test_keys_that_may_change_are_keys():
-  def look_up(found, name):
-    for part in name.split('.'):
-      found = found[part]
-
   for name in workdirs.FREE:
-    look_up(of().as_dict(), name)
+    settings.at(of().as_dict(), name)
 
 
 def test_four_devices_go_on_where_eight_were_with_the_same_losses(
