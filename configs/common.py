@@ -127,6 +127,9 @@ def training(arg):
   # much less memory for little work; full: whole layers, the least memory.
   config.model.remat = 'none'
   config.model.scan_unroll = 1  # layers per iteration of the layer loop
+  # Of a device's memory: weights that take no more whole are gathered from the
+  # fsdp axis once before sampling, others for every token. 0: always others.
+  config.model.gather_share = 0.125
 
   config.adapter = pick(ADAPTERS, 'adapter', arg['adapter'])
 

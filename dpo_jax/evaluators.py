@@ -18,6 +18,7 @@ from dpo_jax import rewards
 from dpo_jax import reweighting
 from dpo_jax import sampling
 from dpo_jax import sharding
+from dpo_jax import topologies
 from dpo_jax.data import batches
 from dpo_jax.data import examples
 
@@ -145,6 +146,29 @@ def make_compare(model_config, mesh, *, chunk):
   return of_groups
 
 
+def places_to_sample(model_config, variables):
+  """Returns the shardings of weights that tokens are sampled with.
+
+  All of them are needed for every token, so they are gathered from the fsdp
+  axis before the first one, where they then take `model_config.gather_share` of
+  a device's memory at most, or that is not known (a CPU).
+
+  Args:
+    model_config: of the policy.
+    variables: see `sampling.generate`; arrays or placed shapes.
+  """
+  shapes = sampling.prepared(model_config, variables)
+  places = sharding.gathered(shapes)
+  whole = sampling.prepared(model_config, variables, places=places)
+  devices = list(jax.tree.leaves(whole)[0].sharding.device_set)
+  memory = processes.agreed(topologies.memory(devices))
+  share = model_config.gather_share
+  fits = memory is None or sharding.bytes_per_device(whole) <= share * memory
+  if share and fits:
+    return places
+  return jax.tree.map(lambda x: x.sharding, shapes)
+
+
 def sample(
   model_config, tokenizer, variables, prompts, *, title, leave=False, **how
 ):
@@ -165,6 +189,7 @@ def sample(
       variables,
       prompts,
       eos_id=tokenizer.eos_ids,
+      places=places_to_sample(model_config, variables),
       on_batch=lambda done: (bar.update(done - bar.n), processes.poll()),
       **how,
     )

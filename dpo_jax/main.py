@@ -45,7 +45,6 @@ from dpo_jax import policies
 from dpo_jax import ppo
 from dpo_jax import processes
 from dpo_jax import runs
-from dpo_jax import sampling
 from dpo_jax import sentiment
 from dpo_jax import settings
 from dpo_jax import sharding
@@ -146,15 +145,16 @@ def sample(config, workdir):
     repeated, tokenizer, config.data.max_prompt_tokens
   )
   with sharding.use(mesh):
-    samples = sampling.generate(
+    samples = evaluators.sample(
       policy.config,
+      tokenizer,
       policy.variables(policy.trained),
       prompts,
+      title='sample',
       key=policies.stream(config.seed, 'sample'),
       max_new_tokens=how.max_new_tokens,
       temperature=how.temperature,
       top_p=how.top_p,
-      eos_id=tokenizer.eos_ids,
       batch_size=how.batch_size,
     )
   texts = evaluators.response_texts(samples, tokenizer)

@@ -291,6 +291,7 @@ def computed(model_config, model, *, auto):
     dtype=auto if model.dtype == 'auto' else model.dtype,
     remat=model.remat,
     scan_unroll=model.scan_unroll,
+    gather_share=model.gather_share,
   )
 
 

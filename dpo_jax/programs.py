@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dpo_jax import accounting
+from dpo_jax import evaluators
 from dpo_jax import logps
 from dpo_jax import objectives
 from dpo_jax import policies
@@ -259,9 +260,10 @@ def _of_ppo(config, mesh, lengths):
     # It was most likely trained from the same model.
     learned = {'reward model': (_abstract_copy(policy), policy.base)}
   at_once = config.rollout.batch_size
-  # Samples are computed with weights of the dtype of the computation.
-  computed = sampling.prepared(policy.config, variables)
-  kept = {} if _dtypes(computed) == _dtypes(variables) else weights
+  # Samples are computed with weights of the dtype of the computation, gathered.
+  places = evaluators.places_to_sample(policy.config, variables)
+  computed = sampling.prepared(policy.config, variables, places=places)
+  kept = {} if _same(computed, variables) else weights
   programs = (
     Program(
       name='sampling',
@@ -282,6 +284,7 @@ def _of_ppo(config, mesh, lengths):
         temperature=1.0,
         top_p=1.0,
         batch_size=at_once,
+        places=places,
       ),
       given={'cast': computed} if kept else weights,
       beside=kept | optimizer | {'reference': reference} | learned,
@@ -360,8 +363,12 @@ def _head_turns(config, batch, mesh, *, parts):
   return {logps.SCOPE: head_turns(batch, parts, runs.head_chunk(config))}
 
 
-def _dtypes(tree):
-  return {leaf.dtype for leaf in jax.tree.leaves(tree)}
+def _same(tree, other):
+  """Whether two trees of placed shapes are of the same arrays."""
+  leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+  return all(
+    (x.dtype, x.sharding) == (like.dtype, like.sharding) for x, like in leaves
+  )
 
 
 def _within(mesh, lower, *args, **keywords):

@@ -28,7 +28,7 @@ from dpo_jax.data import batches
 VERSION = 2
 # Fields of TransformerConfig that change speed or memory, not values: the
 # position table, where there is one, is part of the weights.
-_NEUTRAL = ('remat', 'scan_unroll', 'max_positions')
+_NEUTRAL = ('remat', 'scan_unroll', 'gather_share', 'max_positions')
 
 
 def groups_digest(groups):

@@ -70,6 +70,7 @@ def generate(
   top_p,
   eos_id,
   batch_size,
+  places=None,
   on_batch=None,
 ):
   """Samples one response to every prompt; repeat a prompt for several.
@@ -84,6 +85,7 @@ def generate(
     top_p: mass of the nucleus (arXiv:1904.09751); 1 truncates nothing.
     eos_id: ends a response and is its last token; or an array of several.
     batch_size: rows computed at once; a short batch is filled up.
+    places: shardings of the variables to compute with; None: those they have.
     on_batch: called with the number of finished prompts after every batch.
 
   Returns:
@@ -98,7 +100,10 @@ def generate(
     'ended': np.zeros(num, bool),
     'token_logps': np.zeros(shape, np.float32),
   }
-  variables, layers = _prepare(config, variables, apart=decoding.pays())
+  variables = jax.jit(_cast, static_argnums=0, out_shardings=places)(
+    config, variables
+  )
+  layers = _apart(config, variables) if decoding.pays() else None
   order = np.argsort(lengths, kind='stable')  # neighbours share a padded length
   for start in range(0, num, batch_size):
     index = order[start : start + batch_size]
@@ -144,17 +149,15 @@ def prompt_slots(longest):
   return slots
 
 
-def prepared(config, variables):
-  """Returns the shapes of what batches are computed with, cast, of shapes."""
-  cast = jax.eval_shape(
-    lambda tree: transformer.cast(tree, config.dtype), variables
-  )
+def prepared(config, variables, *, places=None):
+  """Returns the shapes of what batches are computed with, of shapes; placed."""
+  cast = jax.eval_shape(functools.partial(_cast, config), variables)
+  if places is None:
+    places = jax.tree.map(lambda x: x.sharding, variables)
   return jax.tree.map(
-    lambda x, like: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=like.sharding
-    ),
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
     cast,
-    variables,
+    places,
   )
 
 
@@ -168,6 +171,7 @@ def lower(
   temperature,
   top_p,
   batch_size,
+  places=None,
   num_eos=1,
 ):
   """Lowers what `generate` runs for a batch, of shapes instead of arrays.
@@ -180,7 +184,7 @@ def lower(
   )
   return _generate.lower(
     config,
-    prepared(config, variables),
+    prepared(config, variables, places=places),
     None,
     np.zeros((batch_size, prompt_slots(longest)), np.int32),
     np.zeros(batch_size, np.int32),
@@ -222,11 +226,11 @@ def _check(config, lengths, max_new_tokens, temperature, top_p, batch_size):
     )
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'apart'))
-def _prepare(config, variables, *, apart):
-  """Returns the variables, cast, and if wanted their layers apart, or None."""
-  variables = transformer.cast(variables, config.dtype)
-  return variables, decoding.apart(config, variables) if apart else None
+def _cast(config, variables):
+  return transformer.cast(variables, config.dtype)
+
+
+_apart = jax.jit(decoding.apart, static_argnums=0)
 
 
 @functools.partial(

@@ -201,6 +201,23 @@ def put(array, sharding):
   )
 
 
+def gathered(tree):
+  """Returns the shardings of a tree that is to be whole along fsdp.
+
+  Args:
+    tree: arrays or placed shapes. What `tensor` cuts stays cut; what lies on
+      one device stays there.
+  """
+
+  def whole(x):
+    if not isinstance(x.sharding, NamedSharding):
+      return x.sharding
+    axes = [None if axis == 'fsdp' else axis for axis in x.sharding.spec]
+    return NamedSharding(x.sharding.mesh, PartitionSpec(*axes))
+
+  return jax.tree.map(whole, tree)
+
+
 # --- What lies where ----------------------------------------------------------
 
 

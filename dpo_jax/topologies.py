@@ -14,6 +14,7 @@ import math
 import os
 import re
 
+import jax
 from jax.experimental import topologies
 
 from dpo_jax import names
@@ -42,6 +43,7 @@ class Chip:
   dimensions: int  # of the torus
   chip_config: str
   cores: int  # that the name of a slice counts for a chip
+  device_kind: str  # what JAX calls it
 
 
 _GIB = 2**30
@@ -57,6 +59,7 @@ CHIPS = {
     dimensions=3,
     chip_config='megacore',  # both cores are one device
     cores=2,
+    device_kind='TPU v4',
   ),
   'v5e': Chip(
     flops=197e12,
@@ -68,6 +71,7 @@ CHIPS = {
     dimensions=2,
     chip_config='default',
     cores=1,
+    device_kind='TPU v5 lite',
   ),
   'v5p': Chip(
     flops=459e12,
@@ -79,6 +83,7 @@ CHIPS = {
     dimensions=3,
     chip_config='megacore',
     cores=2,
+    device_kind='TPU v5',
   ),
   'v6e': Chip(
     flops=918e12,
@@ -90,8 +95,24 @@ CHIPS = {
     dimensions=2,
     chip_config='default',
     cores=1,
+    device_kind='TPU v6 lite',
   ),
 }
+
+
+def memory(devices):
+  """Returns the bytes that programs may have of each device, or None.
+
+  None: it is not known, as of a CPU. Devices are of one kind; of a kind that is
+  not in `CHIPS` one of this process is asked.
+  """
+  kinds = {chip.device_kind: chip.usable for chip in CHIPS.values()}
+  if devices[0].device_kind in kinds:
+    return kinds[devices[0].device_kind]
+  own = [d for d in devices if d.process_index == jax.process_index()]
+  found = own[0].memory_stats() if own else None
+  return (found or {}).get('bytes_limit')
+
 
 # Chips -> shape, as Google Cloud sells slices; larger ones by their shape.
 _FLAT = {

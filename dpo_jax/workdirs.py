@@ -37,6 +37,7 @@ FREE = (
   'log_every',
   'logps_chunk',
   'mesh',
+  'model.gather_share',
   'model.remat',
   'model.scan_unroll',
   'peak_tflops',

@@ -74,7 +74,13 @@ def read(folder, param_dtype):
   """Imports the folder in this process and prints what it took."""
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
   model = settings.Settings(
-    dict(source=folder, dtype=param_dtype, remat='none', scan_unroll=1)
+    dict(
+      source=folder,
+      dtype=param_dtype,
+      remat='none',
+      scan_unroll=1,
+      gather_share=0.0,
+    )
   )
   jax.block_until_ready(jax.numpy.zeros(1))
   kind = 'float32' if param_dtype == 'float32' else 'compute'

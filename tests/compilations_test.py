@@ -233,8 +233,10 @@ def test_a_proof_of_ppo_adds_up(cpu_slice):
   for program in proof.programs:
     for name, copies in sizes.items():
       assert program.place[name] == pytest.approx(copies * share, rel=2e-3)
-  # What the compiler says, and what lies there besides.
-  assert sampling_.needed - GIB == pytest.approx(4 * share, rel=2e-3)
+  # What the compiler says, and what lies there besides: samples are computed
+  # with a copy that is whole.
+  assert sampling_.place['cast'] == pytest.approx(8 * share, rel=2e-3)
+  assert sampling_.needed - GIB == pytest.approx(5 * share, rel=2e-3)
   assert observe.needed - GIB == pytest.approx(3 * share, rel=2e-3)
   assert update.needed - GIB == pytest.approx(2 * share, rel=2e-3)
   assert proof.needed == sampling_.needed
@@ -260,6 +262,31 @@ def test_a_proof_of_ppo_adds_up(cpu_slice):
   ):
     assert line in text
   assert text.count('memory of a chip') == 4
+
+
+def test_weights_are_gathered_before_sampling_where_they_fit(
+  cpu_slice, monkeypatch
+):
+  """Once, or, where they take too much of a device, for every token."""
+  del cpu_slice
+  changes = {'mesh.data': 1, 'mesh.fsdp': 8, 'rollout.batch_size': 8}
+  config = ppo_config_of(**changes)
+  # No embeddings: of them rows are gathered, not the table.
+  whole = 4 * size_of(config) - 4 * 2 * 64 * 512
+
+  def gathered(config):
+    sampling_ = compilations.prove(config, 'v5e-8', lengths=(12, 5)).programs[0]
+    found = sampling_.account.collectives.get('all-gather')
+    return found.payload if found else 0
+
+  assert gathered(config) < 0.1 * whole
+  monkeypatch.setattr(topologies, 'memory', lambda _: 8 * size_of(config))
+  assert gathered(config) > 4 * whole
+  config = ppo_config_of(**changes | {'model.gather_share': 1.0})
+  assert gathered(config) < 0.1 * whole
+  monkeypatch.setattr(topologies, 'memory', lambda _: None)
+  config = ppo_config_of(**changes | {'model.gather_share': 0.0})
+  assert gathered(config) > 4 * whole
 
 
 def test_what_fits_alone_may_not_fit_beside_the_rest(cpu_slice, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import evaluators
+from dpo_jax import policies
 from dpo_jax import reward_models
 from dpo_jax import rewards
 from dpo_jax import reweighting
@@ -13,6 +14,7 @@ from dpo_jax import runs
 from dpo_jax import sharding
 from dpo_jax.data import batches
 from dpo_jax.data import tokenizers
+from dpo_jax.models import presets
 from tests import worlds
 
 MESH = {'data': -1, 'fsdp': 1, 'tensor': 1}
@@ -137,6 +139,49 @@ def test_samples_are_measured(temperature):
     same, again = evaluate(policy, policy)
     assert abs(same['kl']) < 1e-5
     assert [r['response'] for r in again] == [r['response'] for r in records]
+
+
+@pytest.mark.parametrize('arg', ['loss=dpo', 'loss=dpo,adapter=lora'])
+def test_weights_gathered_before_sampling_give_the_same_samples(
+  tmp_path, monkeypatch, arg
+):
+  even = dataclasses.replace(presets.DEBUG['debug-llama'], vocab_size=258)
+  monkeypatch.setitem(presets.DEBUG, 'debug-llama', even)
+  sizes = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
+  prompts = [g.prompt for g in worlds.make_groups(5)]
+  found, places = [], []
+  for share in (0.0, 0.125):
+    config = worlds.debug_config(
+      tmp_path, arg, **sizes, **{'model.gather_share': share}
+    )
+    mesh = sharding.make_mesh(**config.mesh)
+    policy = policies.open_policy(config, mesh)
+    variables = policy.variables(policy.trained)
+    with sharding.use(mesh):
+      found.append(
+        evaluators.sample(
+          policy.config,
+          policy.tokenizer,
+          variables,
+          prompts,
+          title='',
+          key=jax.random.key(0),
+          max_new_tokens=6,
+          temperature=1.0,
+          top_p=1.0,
+          batch_size=8,
+        )
+      )
+      places.append(evaluators.places_to_sample(policy.config, variables))
+  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+  np.testing.assert_allclose(
+    found[0].token_logps, found[1].token_logps, atol=1e-5
+  )
+  cut, whole = (
+    {axis for leaf in jax.tree.leaves(x) for axis in leaf.spec} for x in places
+  )
+  assert {'fsdp', 'tensor'} <= cut and 'fsdp' not in whole
+  assert 'tensor' in whole
 
 
 def test_the_best_of_n_is_the_mean_over_all_subsets():

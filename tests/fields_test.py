@@ -62,7 +62,7 @@ CHANGES = {
 }
 # Those that change speed or memory only (transformer_test) and the one that
 # only decides what there is to import.
-OTHERS = {'remat', 'scan_unroll', 'tied'}
+OTHERS = {'remat', 'scan_unroll', 'gather_share', 'tied'}
 # What else a family turns on or off.
 MORE = [
   ('mlp', 'gpt2', 'gelu_exact'),

@@ -166,7 +166,7 @@ def test_placing_holds_one_tensor_of_host_memory(tmp_path):
 
 @pytest.mark.parametrize('param_dtype', ['float32', 'compute'])
 def test_open_model_stores_what_it_is_asked_for(param_dtype):
-  model = dict(dtype='bfloat16', remat='none', scan_unroll=1)
+  model = dict(dtype='bfloat16', remat='none', scan_unroll=1, gather_share=0.0)
   model = settings.Settings(model | dict(source='debug-gpt2'))
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
   config, params, _ = policies.open_model(

@@ -61,20 +61,23 @@ def config_from_hf(attributes: Mapping) -> transformer.TransformerConfig:
   )
 
 
+# How our decoder computes, which is no part of a config.json.
+_COMPUTED = ('dtype', 'remat', 'scan_unroll', 'gather_share')
+
+
 def config_to_hf(config, *, family: tables.Family) -> dict:
   """Returns a config.json that `config_from_hf` translates to this config.
 
-  How our decoder computes (dtype, remat, scan_unroll) is no part of it. A
-  config that this family cannot say is a ValueError.
+  `_COMPUTED` is no part of it. A config that this family cannot say is a
+  ValueError.
   """
   attributes = {
     'architectures': [family.architecture],
     'model_type': family.name,
     **schemas.untranslate(family.hf, config),
   }
-  plain = dataclasses.replace(
-    config, dtype='float32', remat='none', scan_unroll=1
-  )
+  usual = {name: getattr(type(config), name) for name in _COMPUTED}
+  plain = dataclasses.replace(config, **usual)
   if config_from_hf(attributes) != plain:
     raise ValueError(f'a {family.name} config cannot say all of {plain}')
   return attributes

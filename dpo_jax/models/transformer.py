@@ -96,6 +96,7 @@ class TransformerConfig:
   dtype: str = 'float32'  # of the computation; parameters stay float32
   remat: str = 'none'  # what the backward pass recomputes, see REMATS
   scan_unroll: int = 1  # layers per iteration of the layer loop
+  gather_share: float = 0.125  # see `evaluators.places_to_sample`
 
   def __post_init__(self):
     for name, legal in [
@@ -115,6 +116,10 @@ class TransformerConfig:
       )
     if self.scan_unroll < 1:
       raise ValueError(f'scan_unroll is {self.scan_unroll}; use 1 or more')
+    if not 0 <= self.gather_share <= 1:
+      raise ValueError(
+        f'gather_share is {self.gather_share}; use a number from 0 to 1'
+      )
     if (self.window is None) == any(self.windowed) or len(
       self.windowed
     ) not in (0, self.num_layers):

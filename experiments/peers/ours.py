@@ -30,6 +30,7 @@ def main():
           dtype=task['dtype'],
           remat=task['remat'],
           scan_unroll=1,
+          gather_share=0.0,
         )
       )
       config, params[part], _ = policies.open_model(model, mesh=mesh)

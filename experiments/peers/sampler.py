@@ -23,6 +23,7 @@ def main():
       dtype=task['dtype'],
       remat='none',
       scan_unroll=1,
+      gather_share=0.0,
     )
   )
   with sharding.use(mesh):
