@@ -91,38 +91,71 @@ def compare_areas(ours, theirs, *, limit, resamples=10_000, seed=0):
     resampled: seeds and the noise of a best point of many are not in it, so
     both sides should have about as many checkpoints.
   """
-  sides = [
-    {name: np.array([c[name] for c in side]) for name in ('kl', 'reward')}
-    for side in (ours, theirs)
-  ]
-  counts = {side['kl'].shape[1] for side in sides}
+  sides = _by_prompt(ours), _by_prompt(theirs)
+
+  def areas(weights_N):
+    return [
+      area(kl_CN @ weights_N, reward_CN @ weights_N, limit=limit)
+      for kl_CN, reward_CN in sides
+    ]
+
+  found = _resampled(areas, sides, resamples=resamples, seed=seed)
+  whole, differences = found[0], found[1:, 0] - found[1:, 1]
+  return {
+    'ours': float(whole[0]),
+    'theirs': float(whole[1]),
+    'difference': float(whole[0] - whole[1]),
+  } | _spread(differences)
+
+
+def lead(ours, checkpoint, *, resamples=10_000, seed=0):
+  """Bootstraps how far the envelope of checkpoints is above one of others.
+
+  Args:
+    ours: checkpoints.
+    checkpoint: another one, of the same prompts.
+    resamples, seed: see `compare_areas`.
+
+  Returns:
+    {'difference', 'low', 'high', 'p'}: rewards at the KL of `checkpoint`, as in
+    `compare_areas`.
+  """
+  sides = _by_prompt(ours), _by_prompt([checkpoint])
+
+  def gap(weights_N):
+    (kls, values), (kl, value) = (
+      [column @ weights_N for column in side] for side in sides
+    )
+    return best_within(kl[0], envelope(kls, values)) - value[0]
+
+  found = _resampled(gap, sides, resamples=resamples, seed=seed)
+  return {'difference': float(found[0])} | _spread(found[1:])
+
+
+def _by_prompt(checkpoints):
+  """Returns (KLs, rewards) by checkpoint and prompt, [C, N] each."""
+  return tuple(
+    np.array([c[name] for c in checkpoints]) for name in ('kl', 'reward')
+  )
+
+
+def _resampled(statistic, sides, *, resamples, seed):
+  """Returns a statistic of weights of prompts: of equal ones, of resamples."""
+  counts = {side[0].shape[1] for side in sides}
   if len(counts) != 1:
     raise ValueError(
       f'checkpoints of {sorted(counts)} prompts; compare those of the same ones'
     )
   (N,) = counts
-  rng = np.random.default_rng(seed)
+  rng, equal = np.random.default_rng(seed), np.full(N, 1.0 / N)
+  drawn = (rng.multinomial(N, equal) / N for _ in range(resamples))
+  return np.array([statistic(weights_N) for weights_N in (equal, *drawn)])
 
-  def areas(weights_N):
-    return [
-      area(side['kl'] @ weights_N, side['reward'] @ weights_N, limit=limit)
-      for side in sides
-    ]
 
-  whole = areas(np.full(N, 1.0 / N))
-  drawn = np.array(
-    [
-      areas(rng.multinomial(N, np.full(N, 1.0 / N)) / N)
-      for _ in range(resamples)
-    ]
-  )
-  differences = drawn[:, 0] - drawn[:, 1]
+def _spread(differences):
   low, high = np.percentile(differences, [2.5, 97.5])
   return {
-    'ours': whole[0],
-    'theirs': whole[1],
-    'difference': whole[0] - whole[1],
     'low': float(low),
     'high': float(high),
-    'p': float((np.sum(differences <= 0.0) + 1) / (resamples + 1)),
+    'p': float((np.sum(differences <= 0.0) + 1) / (len(differences) + 1)),
   }

@@ -5,12 +5,14 @@ They are those of figure 2 and figure 4 of arXiv:2305.18290:
   A1   80 % of PPO's checkpoints after the first (learned reward) have less
        reward at more KL than some checkpoint of DPO; DPO's area under reward
        against KL, 0 to 12 nats (`frontiers.area`), is larger with p < .05, by
-       resampling prompts; nothing that unlikelihood or Preferred-FT gain over
-       the SFT model is above DPO at their KL. Void where PPO's runs do not end
-       .2 above the SFT model, on the mean
+       resampling prompts; the best checkpoint of unlikelihood and that of
+       Preferred-FT, if it gains on the SFT model, is below DPO's envelope at
+       its KL (how many of all are above it is told). Void where PPO's runs do
+       not end .2 above the SFT model, on the mean
   A2   the best of N rises up to N = 64; from 64 to 128 it gains less than a
-       quarter of what it gains from 1 to 4; its KL is within the bound, which
-       holds of our estimate whatever the samples are
+       quarter of what it gains from 1 to 4, which is two doublings, so that
+       this alone is no plateau; its KL is within the bound, which holds of our
+       estimate whatever the samples are
   A3   the best DPO wins at least as often as the best PPO, and loses less from
        its best temperature to temperature 1
   A15  the learned reward ranks 90 % of held-out pairs as the classifier does
@@ -82,7 +84,9 @@ def a1(found, *, sft, resamples=10_000):
   ends = [x.points[-1]['reward'] for x in found['ppo']]
   rise = float(np.mean(ends)) - sft
   others = {
-    method: below(checkpoints(found[method], first=False), corners, sft=sft)
+    method: below(
+      checkpoints(found[method], first=False), dpo, sft=sft, resamples=resamples
+    )
     for method in BELOW
     if found.get(method)
   }
@@ -102,7 +106,13 @@ def a1(found, *, sft, resamples=10_000):
   )
   for method, x in others.items():
     text += f'; {method} at best {x["reward"]:.3f} at {x["kl"]:.2f} nats'
-    text += f', DPO there {x["dpo"]:.3f}' if x['gains'] else ': no gain on SFT'
+    if x['gains']:
+      lead = x['lead']
+      text += f', DPO there {x["dpo"]:.3f} ({lead["difference"]:+.3f}'
+      text += f' [{lead["low"]:+.3f}, {lead["high"]:+.3f}])'
+    else:
+      text += ': no gain on SFT'
+    text += f', {x["above"]} of {x["checkpoints"]} checkpoints are above DPO'
   return gate(
     parts,
     text,
@@ -116,21 +126,26 @@ def a1(found, *, sft, resamples=10_000):
   )
 
 
-def below(measured, corners, *, sft):
-  """Asks whether the best of some checkpoints is below an envelope at its KL.
+def below(measured, dpo, *, sft, resamples):
+  """Asks whether the best of some checkpoints is below DPO's envelope.
 
-  One that gains nothing on the SFT model's reward is.
+  One that gains nothing on the SFT model's reward is. `above` counts those that
+  gain and are above the envelope, `lead` is of `frontiers.lead`.
   """
-  kls, rewards = (x.tolist() for x in frontiers.points(measured))
+  kls, rewards = frontiers.points(measured)
+  corners = frontiers.envelope(*frontiers.points(dpo))
+  there = frontiers.best_within(kls, corners)
   best = int(np.argmax(rewards))
-  there = float(frontiers.best_within(kls[best], corners))
-  gains = rewards[best] > sft
+  gains = bool(rewards[best] > sft)
   return {
-    'kl': kls[best],
-    'reward': rewards[best],
-    'dpo': there,
+    'kl': float(kls[best]),
+    'reward': float(rewards[best]),
+    'dpo': float(there[best]),
+    'lead': frontiers.lead(dpo, measured[best], resamples=resamples),
+    'above': int(np.sum((rewards > there) & (rewards > sft))),
+    'checkpoints': len(measured),
     'gains': gains,
-    'below': not gains or rewards[best] < there,
+    'below': not gains or bool(rewards[best] < there[best]),
   }
 
 
@@ -168,6 +183,10 @@ def a2(curve):
   told = ', '.join(f'{n}: {x:.3f}' for n, x in values.items())
   if not {1, 4, 64, 128} <= values.keys():
     return {'verdict': 'not asked', 'text': f'reward of the best of N {told}'}
+  doublings = ', '.join(
+    f'{a} to {b} {(values[b] - values[a]) / np.log2(b / a):+.4f}'
+    for a, b in itertools.pairwise(sorted(values))
+  )
   upto = [values[n] for n in sorted(values) if n <= 64]
   late, early = values[128] - values[64], values[4] - values[1]
   (late_se,) = (x['gain_se'] for x in curve if x['n'] == 128)
@@ -179,7 +198,7 @@ def a2(curve):
   return gate(
     parts,
     f'reward of the best of N {told}; from 64 to 128 {late:+.4f} ±'
-    f' {late_se:.4f}, from 1 to 4 {early:+.4f}; KL'
+    f' {late_se:.4f}, from 1 to 4 {early:+.4f}; a doubling: {doublings}; KL'
     f' {"within" if bounded else "beyond"} the bound',
   )
 

@@ -90,6 +90,17 @@ def test_two_equal_sides_have_no_small_p():
   assert found['low'] < 0 < found['high']
 
 
+def test_one_checkpoint_is_held_against_an_envelope():
+  ours, other = checkpoints(0.11, seed=1), checkpoints(0.1, seed=2)[1]
+  found = frontiers.lead(ours, other, resamples=500)
+  # At 2 nats .22 against .2, of the same prompts.
+  assert found['difference'] == pytest.approx(0.02, abs=0.005)
+  assert 0 < found['low'] < found['difference'] < found['high']
+  assert found['p'] == pytest.approx(1 / 501)
+  corner = frontiers.lead(ours, ours[-1], resamples=500)
+  assert corner['difference'] == pytest.approx(0.0, abs=1e-12)
+
+
 def test_other_prompts_are_refused():
   fewer = [
     {name: x[:20] for name, x in c.items()} for c in checkpoints(1, seed=1)

@@ -73,6 +73,12 @@ def test_the_gate_is_met_by_all_its_parts_alone():
   assert a1(DPO, ppo, **above)['verdict'] == 'not met'
   # One that never rises above the SFT model is below whatever DPO has.
   level = a1(DPO, ppo, **OTHERS | {'preferred_ft': [(1.0, 0.5), (2.0, 0.4)]})
+  # Of three the best is below DPO's .95, the first above its line to (2, .9).
+  some = a1(DPO, ppo, **OTHERS | {'unlikelihood': [(0.5, 0.7), (6.0, 0.8)]})
+  found = some['others']['unlikelihood']
+  assert found['below'] and (found['above'], found['checkpoints']) == (1, 2)
+  assert found['lead']['difference'] == pytest.approx(0.15)
+  assert '1 of 2 checkpoints are above DPO' in some['text']
   assert level['verdict'] == 'met' and 'no gain on SFT' in level['text']
   assert a1(DPO, ppo)['verdict'] == 'incomplete'
   assert a1(DPO, ppo, unlikelihood=[(1, 0.6)])['verdict'] == 'incomplete'
@@ -95,6 +101,10 @@ def curve(values):
 def test_gate_of_best_of_n():
   good = {1: 0.5, 4: 0.7, 16: 0.8, 64: 0.84, 128: 0.88}
   assert imdb_gates.a2(curve(good))['verdict'] == 'met'
+  doublings = (
+    '1 to 4 +0.1000, 4 to 16 +0.0500, 16 to 64 +0.0200, 64 to 128 +0.0'
+  )
+  assert doublings in imdb_gates.a2(curve(good))['text']
   for wrong, part in [
     (good | {128: 0.9}, 'plateau'),  # .06 is more than a quarter of .2
     (good | {16: 0.69}, 'rises'),
