@@ -103,11 +103,12 @@ def write_baseline(scale, paths):
   """Writes a completion of each test prompt by the short SFT model."""
   rows = imdb_results.read_lines(paths.test_prompts)
   prompts = [row['prompt'] for row in rows[: scale.test_prompts]]
-  texts, ended = imdb_texts.sample(
+  texts, samples = imdb_texts.sample(
     scale, prompts, number=1, workdir=paths.sft, stream='baseline'
   )
-  values = rewards.score(rewards.get(paths.reward), prompts, texts, ended=ended)
-  lengths = token_lengths(scale, paths, texts, ended)
+  values = rewards.score(
+    rewards.get(paths.reward), prompts, texts, ended=samples.ended
+  )
   online.write_lines(
     str(paths.baseline),
     [
@@ -117,13 +118,18 @@ def write_baseline(scale, paths):
         'length': int(length),
         'reward': float(value),
       }
-      for prompt, text, length, value in zip(prompts, texts, lengths, values)
+      for prompt, text, length, value in zip(
+        prompts, texts, samples.lengths, values
+      )
     ],
   )
 
 
 def token_lengths(scale, paths, texts, ended):
-  """Returns the tokens of texts, with the EOS of those that ended: [N]."""
+  """Returns the tokens of texts as they are learned from, EOS included: [N].
+
+  Sampled ones may have been other tokens, and more.
+  """
   tokenizer = imdb_texts.open_tokenizer(scale, paths)
   return np.array([len(tokenizer.encode(text)) for text in texts]) + ended
 

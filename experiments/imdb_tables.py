@@ -19,6 +19,7 @@ from experiments import imdb_verdicts
 from experiments import sweep
 from experiments import sweep_results
 
+_LAST = 5  # lines of a log
 # What table.md shows, as far as runs have it.
 METRICS = (
   'samples/reward',
@@ -41,25 +42,36 @@ def read(folder):
     for row in metrics.read(str(job), 'samples.jsonl'):
       samples.setdefault(row['step'], {})[row['prompt']] = row
     status = sweep_results.status_of(str(job), sweep_results.read_job(str(job)))
+    if status == 'failed' and diverged(job):
+      status = 'diverged'
     records = sweep_results.read_records(str(job))
     changes = imdb_changes.read(job)
     out.append(imdb_verdicts.Variant(values, status, records, samples, changes))
   return out
 
 
-def judge(study, variants, *, lr, methods, baseline, account):
+def diverged(job):
+  """Whether a job's output ends with a loss or parameters that are not finite.
+
+  What else a job may fail of says nothing about its method.
+  """
+  last = (job / 'log.txt').read_text().splitlines()[-_LAST:]
+  return any('the last good checkpoint is' in line for line in last)
+
+
+def judge(study, variants, *, lr, expected, baseline, account):
   """Returns {gate: what it says} of a study.
 
   Args:
     study: its name.
     variants: of `read`.
     lr: the learning rate that methods are compared at, one for each.
-    methods: of the study.
+    expected: [(method, lr, strength)] of all its runs.
     baseline: see `imdb_verdicts.gate_a13`.
     account: of its pairs, see `imdb_lengths`.
   """
   if study == 'bakeoff':
-    return {'A11': imdb_verdicts.gate_a11(variants, methods)}
+    return {'A11': imdb_verdicts.gate_a11(variants, expected)}
   done = {float(lr): {}, float(lr) / 10: {}}
   for v in imdb_verdicts.finished(variants):
     for rate, found in done.items():
@@ -142,20 +154,21 @@ def curves(variants):
   return out
 
 
-def write(study, folder, known, *, lr, methods, paths):
+def write(study, folder, known, *, lr, expected, paths):
   """Writes all files of a study; returns the text of results.md.
 
   Args:
     study: its name.
     folder: of its jobs.
     known: {name of a job: its values}, of jobs that may not be begun.
-    lr, methods: see `judge`.
+    lr, expected: see `judge`.
     paths: of its data.
   """
   known = sweep.stored(str(folder)) | known
   if study == 'displacement':
     jobs = [folder / name for name in known]
     imdb_changes.write([job for job in jobs if workdirs.finished(str(job))])
+  methods = list(dict.fromkeys(run[0] for run in expected))
   variants = sorted(read(folder), key=lambda v: methods.index(v.method))
   baseline, account, lines = {}, {}, []
   if study.startswith('length'):
@@ -167,7 +180,7 @@ def write(study, folder, known, *, lr, methods, paths):
     study,
     variants,
     lr=lr,
-    methods=methods,
+    expected=expected,
     baseline=baseline,
     account=account,
   )

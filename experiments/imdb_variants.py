@@ -358,13 +358,14 @@ def run(options):
   if status != processes.PREEMPTED:
     known = {job.name: job.values for job in jobs}
     lr = (*asked['rates'], size.lr)[0]
+    whole = make_jobs(study, scale, size, paths)
     print(
       imdb_tables.write(
         options.study,
         folder,
         known,
         lr=lr,
-        methods=study.methods,
+        expected=[tuple(job.values.values()) for job in whole],
         paths=paths,
       )
     )

@@ -1,14 +1,17 @@
 """Studies of losses at scale `smoke`, and their gates on numbers by hand."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
 
 from dpo_jax import judges
+from dpo_jax import progress
 from dpo_jax import sentiment
 from dpo_jax import settings
 from dpo_jax import train
@@ -489,7 +492,7 @@ def test_gate_of_the_bake_off():
   kinds['f_dpo'] = {'entropy': (4.0, 3.5)}
   kinds['tr_dpo'] |= {'reward': (0.4, 0.61)}
 
-  def gate(kinds, kls=(1.0, 2.0), more=(), at=0.6):
+  def gate(kinds, kls=(1.0, 2.0), more=(), at=0.6, rates=(0.001,)):
     runs = [*bake(**kinds), *more]
     for run in runs:
       if run.method in ('tdpo2', 'dpo_kls'):
@@ -499,7 +502,13 @@ def test_gate_of_the_bake_off():
           found['heldout/kl/rejected'] = kls[not ours] * (step > 0)
           if ours and step:
             found['samples/reward'] = at
-    return imdb_verdicts.gate_a11(runs, names)
+    expected = [
+      (name, lr, strength)
+      for name in names
+      for lr in rates
+      for strength in (0.1, 0.05)
+    ]
+    return imdb_verdicts.gate_a11(runs, expected)
 
   said = gate(kinds)
   assert said['verdict'] == 'met', said
@@ -515,11 +524,30 @@ def test_gate_of_the_bake_off():
     ({'dpo': {'reward': (0.4, 0.4), 'entropy': (4.0, 3.0)}}, 'dpo learns'),
   ]:
     assert gate(kinds | wrong)['parts'][part] is False
-  nan = variant('dpo', status='failed', strength='0.2')
+  nan = variant('dpo', status='diverged', strength='0.2')
   assert gate(kinds, more=[nan])['parts']['dpo is finite'] is False
+  killed = variant('dpo', status='failed', strength='0.2')
+  assert gate(kinds, more=[killed])['verdict'] == 'met'
+  # Runs at another rate are to come: they may learn what these did not.
+  part = gate(kinds, rates=(0.001, 0.01))
+  assert part['verdict'] == 'incomplete' and '10 of 20 runs' in part['text']
+  flat = kinds | {'tr_dpo': {'reward': (0.4, 0.4), 'entropy': (4.0, 3.0)}}
+  assert gate(flat)['parts']['tr_dpo learns'] is False
+  assert 'tr_dpo learns' not in gate(flat, rates=(0.001, 0.01))['parts']
   del kinds['tr_dpo']
   said = gate(kinds)
   assert said['verdict'] == 'void' and 'nothing of tr_dpo' in said['text']
+
+
+def test_a_run_that_is_killed_has_not_diverged(tmp_path):
+  checkpoints = types.SimpleNamespace(latest=lambda: 3)
+  with pytest.raises(FloatingPointError) as error:
+    progress.check_finite({'train/loss': math.nan}, 4, checkpoints)
+  log = tmp_path / 'log.txt'
+  log.write_text(f'step 3\ndpo-jax: {error.value}\n\n')
+  assert imdb_tables.diverged(tmp_path)
+  log.write_text('step 3\nMemoryError\n')
+  assert not imdb_tables.diverged(tmp_path)
 
 
 def test_tables_show_what_there_is():
