@@ -39,7 +39,10 @@ def frontier_png(runs, curve, path):
       )
   if curve[0]:
     axis.plot(*curve, color='black', linewidth=1, label='Eq. 4, from below')
-  axis.set_xlim(-0.3, 20.0)
+  furthest = max(
+    p['kl'] for own in runs.values() for x in own for p in x.points
+  )
+  axis.set_xlim(-0.3, max(20.0, 1.03 * furthest))
   axis.set_xlabel('sequence KL to the SFT model (nats)')
   axis.set_ylabel('P(positive)')
   axis.set_title('bars: two standard errors', loc='right', fontsize=8)

@@ -27,6 +27,7 @@ from configs import common
 from configs import ppo as ppo_configs
 from dpo_jax import names
 from dpo_jax import sentiment
+from dpo_jax import settings
 
 
 class Paths:
@@ -355,6 +356,11 @@ def parse(name):
     if match[3] or value != int(value):
       raise ValueError(f'run {name!r}: write the seed alone, as {method}_0')
     seed = int(value)
+  plain = f'{method}_{value:g}'
+  if seed and METHODS[method].key != 'seed':
+    plain += f'_seed{seed}'
+  if name != plain:  # two names of one run would count as two seeds
+    raise ValueError(f'run {name!r}: write it as {plain}')
   return Run(name, method, value, seed)
 
 
@@ -501,14 +507,13 @@ def _row_length(longest):
 
 def _set(config, scale, families, values):
   """Sets keys by their dotted names; what the scale says goes last."""
-  everywhere = {
-    name: value
-    for name, value in scale.settings['all'].items()
-    if _has(config, name)  # PPO has no peak_tflops
-  }
-  config.update_from_flattened_dict(
-    values | everywhere | _said(scale, families)
-  )
+  everywhere = dict(scale.settings['all'])
+  if 'ppo' in config:
+    everywhere.pop('peak_tflops', None)  # it has none
+  values = values | everywhere | _said(scale, families)
+  for name in values:
+    settings.at(config, name)  # or an unknown one would be added
+  config.update_from_flattened_dict(values)
   return config
 
 
@@ -517,11 +522,3 @@ def _said(scale, families):
   for name in families:
     out |= scale.settings.get(name, {})
   return out
-
-
-def _has(config, name):
-  for part in name.split('.'):
-    if part not in config:
-      return False
-    config = config[part]
-  return True

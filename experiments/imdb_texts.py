@@ -141,11 +141,12 @@ def write_prompts(scale, reviews, paths):
   unseen = [t for t, _ in reviews['test'] if sentiment.half(t) == 1]
   known = {prompt for prompt, _ in rows}
   tests = {prompt: rest for prompt, rest in cut(unseen) if prompt not in known}
-  if not rows or len(tests) <= scale.test_prompts:
+  first, more = scale.test_prompts, scale.temperature_prompts
+  if not rows or len(tests) < first + more:
     raise ValueError(
       f'{len(rows)} train and {len(tests)} test reviews have a beginning of'
-      f' {low} to {high} tokens of their own and a rest, and more than'
-      f' {scale.test_prompts} of test are needed; give all reviews as --source'
+      f' {low} to {high} tokens of their own and a rest, and {first + more} of'
+      ' test are needed; give all reviews as --source'
     )
   trained = list(known)  # a set's order changes from process to process
   trained.sort()
@@ -155,7 +156,6 @@ def write_prompts(scale, reviews, paths):
   online.write_lines(
     str(paths.train_prompts), [{'prompt': p} for p in trained[: scale.prefixes]]
   )
-  first, more = scale.test_prompts, scale.temperature_prompts
   for path, part in [
     (paths.test_prompts, chosen[:first]),
     (paths.temperature_prompts, chosen[first : first + more]),
@@ -194,7 +194,7 @@ def sample(
     stream: name of the randomness.
 
   Returns:
-    (texts [N * number], those of a prompt together; whether each has ended).
+    (texts [N * number], those of a prompt together; the `Samples` they are of).
   """
   config = settings.Settings(workdirs.read_config(workdir))
   mesh = sharding.make_mesh(**config.mesh)
@@ -215,13 +215,13 @@ def sample(
       top_p=1.0,
       batch_size=scale.sample_batch,
     )
-  return evaluators.response_texts(samples, policy.tokenizer), samples.ended
+  return evaluators.response_texts(samples, policy.tokenizer), samples
 
 
 def write_completions(scale, paths):
   """Samples completions of train prompts from the SFT model and labels them."""
   prompts = _texts(paths.train_prompts, 'prompt')
-  responses, ended = sample(
+  responses, samples = sample(
     scale,
     prompts,
     number=scale.completions,
@@ -242,7 +242,9 @@ def write_completions(scale, paths):
         'log_odds': float(value),
         'probability': float(1.0 / (1.0 + np.exp(-value))),
       }
-      for prompt, response, end, value in zip(repeated, responses, ended, odds)
+      for prompt, response, end, value in zip(
+        repeated, responses, samples.ended, odds
+      )
     ],
   )
 
@@ -301,13 +303,13 @@ def write_best_of_n(scale, paths):
   """Samples often from the SFT model; writes both rewards of all samples."""
   prompts = _texts(paths.test_prompts, 'prompt')[: scale.best_of_prompts]
   number = max(*scale.best_of, scale.tilted)
-  responses, ended = sample(
+  responses, samples = sample(
     scale, prompts, number=number, workdir=paths.sft, stream='best_of_n'
   )
   repeated = [prompt for prompt in prompts for _ in range(number)]
   columns = {
     name: rewards.score(
-      reward_models.get(reward), repeated, responses, ended=ended
+      reward_models.get(reward), repeated, responses, ended=samples.ended
     )
     for name, reward in [('learned', paths.learned), ('reward', paths.reward)]
   }
@@ -329,9 +331,22 @@ def temperature_is_current(paths):
   if not paths.temperature.exists():
     return False
   rows = json.loads(paths.temperature.read_text())
-  asked = {row['policy']: row['run'] for row in rows if row['policy'] != 'sft'}
+  asked = {
+    row['policy']: (row['run'], row.get('made'))
+    for row in rows
+    if row['policy'] != 'sft'
+  }
   runs = imdb_results.read_runs(paths.runs, texts=False)
-  return asked == imdb_results.compared(runs)
+  return asked == {
+    policy: (best, best and _made(paths.runs / best))
+    for policy, best in imdb_results.compared(runs).items()
+  }
+
+
+def _made(folder):
+  """Returns when a run was finished, 0 of another model."""
+  path = folder / imdb_results.FINISHED
+  return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def write_temperature(scale, paths):
@@ -351,8 +366,9 @@ def write_temperature(scale, paths):
   judge = judges.by_reward(rewards.get(paths.reward))
   out = []
   for policy, (folder, which) in chosen.items():
+    made = _made(folder)  # before it is asked
     for temperature in scale.temperatures:
-      responses, ended = sample(
+      responses, samples = sample(
         scale,
         prompts,
         number=1,
@@ -364,10 +380,11 @@ def write_temperature(scale, paths):
       asked = judges.win_rate(judge, prompts, responses, truths)
       out.append(
         {'policy': policy, 'run': folder.name, 'temperature': temperature}
+        | {'made': made}
         | {name: x for name, x in asked.items() if name != 'wins'}
         | {
           'distinct_2': rewards.distinct_n(responses, 2),
-          'ended': float(np.mean(ended)),
+          'ended': float(np.mean(samples.ended)),
           'wins': asked['wins'].tolist(),
         }
       )

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import pytest
 from dpo_jax import evaluators
 from dpo_jax import metrics
 from dpo_jax import processes
+from dpo_jax import report
 from dpo_jax import settings
 from dpo_jax import workdirs
 from dpo_jax.data import tokenizers
 from experiments import imdb_frontier
+from experiments import imdb_pictures
 from experiments import imdb_results
 from experiments import imdb_scales
 from experiments import imdb_texts
@@ -415,7 +418,8 @@ def fake_samples(calls):
     texts = [
       f'{workdir.name} {which} {n}' for _ in prompts for n in range(number)
     ]
-    return texts, np.arange(len(texts)) % 2 == 0
+    ended = np.arange(len(texts)) % 2 == 0
+    return texts, types.SimpleNamespace(ended=ended)
 
   return sample
 
@@ -452,6 +456,13 @@ def test_temperatures_are_asked_of_the_best_on_prompts_of_their_own(
     assert not others & set(prompts)
     assert theirs == [row['continuation'] for row in own]
     assert all(text.split()[0] in ('sft', 'dpo_0.1', 'ppo_6') for text in ours)
+  assert imdb_texts.temperature_is_current(paths)
+  # The same run is made again: it is another one.
+  finished = paths.runs / 'dpo_0.1' / imdb_results.FINISHED
+  made = finished.stat().st_mtime_ns
+  os.utime(finished, ns=(made, made + 1))
+  assert not imdb_texts.temperature_is_current(paths)
+  os.utime(finished, ns=(made, made))
   assert imdb_texts.temperature_is_current(paths)
   # A better run comes: it is to be asked.
   better = paths.runs / 'dpo_1'
@@ -511,11 +522,46 @@ def test_results_of_a_run_made_anew_are_made_anew(copied):
     ('dop_0.1', "did you mean 'dpo'"),
     ('dpo', 'write METHOD_VALUE, such as dpo_1'),
     ('preferred_ft_0_seed1', 'write the seed alone'),
+    # A run of two names would be two seeds.
+    ('dpo_0.10', 'write it as dpo_0.1$'),
+    ('ppo_06_seed1', 'write it as ppo_6_seed1$'),
+    ('ppo_6_seed0', 'write it as ppo_6$'),
   ],
 )
 def test_a_wrong_run_says_what_is_right(name, message):
   with pytest.raises(ValueError, match=message):
     imdb_scales.parse(name)
+
+
+def test_a_setting_of_a_scale_that_no_config_has_is_refused(tmp_path):
+  scale = imdb_scales.SCALES['smoke']
+  scale = dataclasses.replace(
+    scale, settings=scale.settings | {'all': {'model.remta': 'dots'}}
+  )
+  with pytest.raises(KeyError, match='remta'):
+    imdb_scales.sft_config(scale, imdb_scales.Paths(tmp_path))
+
+
+def test_the_picture_has_all_points(tmp_path, monkeypatch):
+  run = imdb_results.Evaluated(
+    imdb_scales.parse('dpo_0.05'),
+    [{'step': 1, 'kl': 40.0, 'reward': 0.9}],
+    [],
+    '',
+  )
+  limits = []
+  made = report.axes_of
+
+  def axes_of(*args, **keywords):
+    figure, axes = made(*args, **keywords)
+    monkeypatch.setattr(
+      figure, 'savefig', lambda _: limits.append(axes[0].get_xlim())
+    )
+    return figure, axes
+
+  monkeypatch.setattr(imdb_pictures.report, 'axes_of', axes_of)
+  imdb_pictures.frontier_png({'dpo': [run]}, ([], []), tmp_path / 'a.png')
+  assert limits[0][1] > 40.0
 
 
 def test_a_name_that_is_neither_run_nor_stage_shows_both(tmp_path):
