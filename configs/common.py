@@ -127,9 +127,9 @@ def training(arg):
   # much less memory for little work; full: whole layers, the least memory.
   config.model.remat = 'none'
   config.model.scan_unroll = 1  # layers per iteration of the layer loop
-  # Of a device's memory: weights that take no more whole are gathered from the
-  # fsdp axis once before sampling, others for every token. 0: always others.
-  config.model.gather_share = 0.125
+  # Of a device's memory, for copies of the weights to sample with. Where they
+  # take no more, they are gathered from the fsdp axis once, not for every token.
+  config.model.gather_share = 0.25
 
   config.adapter = pick(ADAPTERS, 'adapter', arg['adapter'])
 

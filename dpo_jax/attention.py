@@ -4,10 +4,11 @@ Every query attends to one contiguous interval of keys, `lo <= key < hi`.
 Causal, packed, prefix-shared rows (README, "Rows") and cached decoding are all
 special cases, so nothing above this file knows about masks.
 
-There are three forms, of the same values: `dense` for few slots, XLA loops
-over blocks (`attention_blocks`), and Pallas kernels for TPU (`attention_tpu`).
-Both of the latter skip blocks outside the intervals, and keep the output and
-one log-normalizer a query and head for the backward pass.
+There are four forms, of the same values: `dense` for few slots, `one_query` for
+one query a row on a TPU, XLA loops over blocks (`attention_blocks`), and Pallas
+kernels for TPU (`attention_tpu`). Both of the latter skip blocks outside the
+intervals, and keep the output and one log-normalizer a query and head for the
+backward pass.
 
 Dimension key: B rows, T query slots, S key slots, N query heads, K key/value
 heads, G = N / K, H head dim.
@@ -60,6 +61,13 @@ def interval_attention(
     [B, T, N, H] in the dtype of `value_BSKH`.
   """
   args = query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT
+  mesh = jax.sharding.get_abstract_mesh()
+  if query_BTNH.shape[1] == 1 and not _cuts_heads(mesh):
+    return jax.lax.platform_dependent(
+      *args,
+      tpu=functools.partial(one_query, scale=scale, cap=cap),
+      default=functools.partial(dense, scale=scale, cap=cap),
+    )
   if min(query_BTNH.shape[1], key_BSKH.shape[1]) < FEW_SLOTS:
     return dense(*args, scale=scale, cap=cap)
   attend = blocked(
@@ -72,7 +80,6 @@ def interval_attention(
     scale=scale,
     cap=cap,
   )
-  mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return attend(*args)
   specs = _specs(mesh, args)
@@ -104,6 +111,12 @@ def _specs(mesh, args):
   return specs
 
 
+def _cuts_heads(mesh):
+  """Whether devices have some of the heads each."""
+  (axis,) = nn.logical_to_mesh_axes(('kv_heads',)) or (None,)
+  return not mesh.empty and mesh.shape.get(axis, 1) > 1
+
+
 @functools.cache
 def _say_once(message):
   logging.getLogger(__name__).warning(message)
@@ -126,6 +139,32 @@ def dense(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT, *, scale, cap):
   weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
   out_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, value_BSKH)
   return out_BTKGH.reshape(B, T, N, H)
+
+
+def one_query(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT, *, scale, cap):
+  """The plain form of T = 1 for a matrix unit, with all heads in one product.
+
+  A product of one query a head is next to no work for it, and heads of 64 leave
+  half of its lanes empty. So every query head has a column with zeros at the
+  other key heads: K times the work, which is still less than reading the keys.
+  """
+  _, _, N, _ = query_BTNH.shape
+  S, K = key_BSKH.shape[1:3]
+  own_KN = jnp.repeat(jnp.eye(K, dtype=bool), N // K, axis=1)
+  query_BKHN = jnp.where(
+    own_KN[:, None], jnp.moveaxis(query_BTNH[:, 0], 1, -1)[:, None], 0
+  )
+  scores_BNS = attention_blocks.product('BKHN,BSKH->BNS', query_BKHN, key_BSKH)
+  scores_BNS = soft_cap(scores_BNS * scale, cap)
+  slot_S = jnp.arange(S)
+  visible_BS = (slot_S >= lo_BT) & (slot_S < hi_BT)
+  scores_BNS = jnp.where(
+    visible_BS[:, None], scores_BNS, attention_blocks.MASKED
+  )
+  weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(value_BSKH.dtype)
+  out_BNKH = jnp.einsum('BNS,BSKH->BNKH', weights_BNS, value_BSKH)
+  own_NK1 = own_KN.T[..., None]
+  return jnp.sum(jnp.where(own_NK1, out_BNKH, 0), axis=2)[:, None]
 
 
 def _by_platform(blocks, kernel, *args, scale, cap):

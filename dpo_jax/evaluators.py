@@ -5,6 +5,8 @@ parameters and perhaps an adapter (`lora.variables`); `train` calls it on a
 schedule and `main` on a finished run.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from dpo_jax import sharding
 from dpo_jax import topologies
 from dpo_jax.data import batches
 from dpo_jax.data import examples
+from dpo_jax.models import decoding
 
 # What is measured of a sample by its own name, besides judges.
 COLUMNS = (
@@ -146,27 +149,33 @@ def make_compare(model_config, mesh, *, chunk):
   return of_groups
 
 
-def places_to_sample(model_config, variables):
-  """Returns the shardings of weights that tokens are sampled with.
+def how_to_sample(model_config, variables):
+  """Returns `places` and `apart` of `sampling.generate`.
 
-  All of them are needed for every token, so they are gathered from the fsdp
-  axis before the first one, where they then take `model_config.gather_share` of
-  a device's memory at most, or that is not known (a CPU).
+  All weights are needed for every token. So they are gathered from the fsdp
+  axis before the first one, and, where that is faster, layers are taken apart,
+  a second copy: as far as copies take `model_config.gather_share` of a device's
+  memory at most, or that is not known (a CPU).
 
   Args:
     model_config: of the policy.
     variables: see `sampling.generate`; arrays or placed shapes.
   """
-  shapes = sampling.prepared(model_config, variables)
+  shapes, _ = sampling.prepared(model_config, variables)
   places = sharding.gathered(shapes)
-  whole = sampling.prepared(model_config, variables, places=places)
+  whole, _ = sampling.prepared(model_config, variables, places=places)
   devices = list(jax.tree.leaves(whole)[0].sharding.device_set)
   memory = processes.agreed(topologies.memory(devices))
-  share = model_config.gather_share
-  fits = memory is None or sharding.bytes_per_device(whole) <= share * memory
-  if share and fits:
-    return places
-  return jax.tree.map(lambda x: x.sharding, shapes)
+  room = math.inf if memory is None else model_config.gather_share * memory
+
+  def fits(copies):
+    needed = copies * sharding.bytes_per_device(whole)
+    return model_config.gather_share > 0 and needed <= room
+
+  if not fits(1):
+    places = jax.tree.map(lambda x: x.sharding, shapes)
+  faster = devices[0].platform in decoding.PLATFORMS
+  return {'places': places, 'apart': faster and fits(2)}
 
 
 def sample(
@@ -189,7 +198,7 @@ def sample(
       variables,
       prompts,
       eos_id=tokenizer.eos_ids,
-      places=places_to_sample(model_config, variables),
+      **how_to_sample(model_config, variables),
       on_batch=lambda done: (bar.update(done - bar.n), processes.poll()),
       **how,
     )

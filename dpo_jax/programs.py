@@ -7,6 +7,7 @@ data are read. The rows are those of groups of given lengths, by default the
 longest that the config allows.
 """
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -261,9 +262,9 @@ def _of_ppo(config, mesh, lengths):
     learned = {'reward model': (_abstract_copy(policy), policy.base)}
   at_once = config.rollout.batch_size
   # Samples are computed with weights of the dtype of the computation, gathered.
-  places = evaluators.places_to_sample(policy.config, variables)
-  computed = sampling.prepared(policy.config, variables, places=places)
-  kept = {} if _same(computed, variables) else weights
+  how = evaluators.how_to_sample(policy.config, variables)
+  computed = sampling.prepared(policy.config, variables, **how)
+  kept = {} if _same(computed, (variables, None)) else weights
   programs = (
     Program(
       name='sampling',
@@ -284,7 +285,7 @@ def _of_ppo(config, mesh, lengths):
         temperature=1.0,
         top_p=1.0,
         batch_size=at_once,
-        places=places,
+        **how,
       ),
       given={'cast': computed} if kept else weights,
       beside=kept | optimizer | {'reference': reference} | learned,
@@ -365,10 +366,11 @@ def _head_turns(config, batch, mesh, *, parts):
 
 def _same(tree, other):
   """Whether two trees of placed shapes are of the same arrays."""
-  leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
-  return all(
-    (x.dtype, x.sharding) == (like.dtype, like.sharding) for x, like in leaves
+  sides = (
+    [(x.dtype, x.sharding) for x in jax.tree.leaves(side)]
+    for side in (tree, other)
   )
+  return operator.eq(*sides)
 
 
 def _within(mesh, lower, *args, **keywords):

@@ -10,8 +10,8 @@ prompts `p1 p2 p3` and `q1`, padded to four slots, two new tokens:
   row 1      -    -    -    q1 | y1   y2      lo 3
 
 Prefill and decoding are one compiled function per shape, which stops as soon
-as every row has ended. On a CPU tokens after the first are decoded by layers
-taken apart once for all batches (`models/decoding`). A sample depends on the
+as every row has ended. Tokens after the first may be decoded by layers taken
+apart once for all batches (`models/decoding`). A sample depends on the
 key, its place in the prompt list and its prompt, never on the batch it was
 computed in (up to rounding).
 
@@ -71,6 +71,7 @@ def generate(
   eos_id,
   batch_size,
   places=None,
+  apart=None,
   on_batch=None,
 ):
   """Samples one response to every prompt; repeat a prompt for several.
@@ -86,6 +87,8 @@ def generate(
     eos_id: ends a response and is its last token; or an array of several.
     batch_size: rows computed at once; a short batch is filled up.
     places: shardings of the variables to compute with; None: those they have.
+    apart: whether tokens are decoded with layers apart, see `models/decoding`;
+      None: where that is faster.
     on_batch: called with the number of finished prompts after every batch.
 
   Returns:
@@ -103,7 +106,21 @@ def generate(
   variables = jax.jit(_cast, static_argnums=0, out_shardings=places)(
     config, variables
   )
-  layers = _apart(config, variables) if decoding.pays() else None
+  if apart is None:
+    (platform,) = {
+      device.platform
+      for leaf in jax.tree.leaves(variables)
+      for device in leaf.sharding.device_set
+    }
+    apart = platform in decoding.PLATFORMS
+  layers = None
+  if apart:
+    shapes = decoding.apart_shapes(config, variables)
+    layers = jax.jit(
+      decoding.apart,
+      static_argnums=0,
+      out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+    )(config, variables)
   order = np.argsort(lengths, kind='stable')  # neighbours share a padded length
   for start in range(0, num, batch_size):
     index = order[start : start + batch_size]
@@ -149,16 +166,20 @@ def prompt_slots(longest):
   return slots
 
 
-def prepared(config, variables, *, places=None):
-  """Returns the shapes of what batches are computed with, of shapes; placed."""
+def prepared(config, variables, *, places=None, apart=False):
+  """Returns what batches are computed with, of placed shapes: the same.
+
+  (variables that are cast, layers apart or None), see `generate`.
+  """
   cast = jax.eval_shape(functools.partial(_cast, config), variables)
   if places is None:
     places = jax.tree.map(lambda x: x.sharding, variables)
-  return jax.tree.map(
+  cast = jax.tree.map(
     lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
     cast,
     places,
   )
+  return cast, decoding.apart_shapes(config, cast) if apart else None
 
 
 def lower(
@@ -172,20 +193,19 @@ def lower(
   top_p,
   batch_size,
   places=None,
+  apart=False,
   num_eos=1,
 ):
   """Lowers what `generate` runs for a batch, of shapes instead of arrays.
 
-  `longest` prompt tokens, `num_eos` tokens that end; the rest is as there, on
-  another machine than a CPU.
+  `longest` prompt tokens, `num_eos` tokens that end; the rest is as there.
   """
   _check(
     config, np.array([longest]), max_new_tokens, temperature, top_p, batch_size
   )
   return _generate.lower(
     config,
-    prepared(config, variables, places=places),
-    None,
+    *prepared(config, variables, places=places, apart=apart),
     np.zeros((batch_size, prompt_slots(longest)), np.int32),
     np.zeros(batch_size, np.int32),
     np.zeros(batch_size, np.int32),
@@ -228,9 +248,6 @@ def _check(config, lengths, max_new_tokens, temperature, top_p, batch_size):
 
 def _cast(config, variables):
   return transformer.cast(variables, config.dtype)
-
-
-_apart = jax.jit(decoding.apart, static_argnums=0)
 
 
 @functools.partial(

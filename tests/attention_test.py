@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import attention
+from dpo_jax import sharding
 
 SCALE = 0.3
 attend = functools.partial(attention.interval_attention, scale=SCALE, cap=None)
@@ -43,6 +44,29 @@ def test_attention_equals_loops(heads, kv_heads, queries):
   args = inputs(heads=heads, kv_heads=kv_heads, queries=queries)
   out = jax.jit(attend)(*args)
   np.testing.assert_allclose(out, by_hand(*args), atol=2e-6)
+
+
+@pytest.mark.parametrize('heads, kv_heads', [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize('cap', [None, 0.4])
+def test_one_query_in_a_product_of_all_heads_equals_loops(heads, kv_heads, cap):
+  args = inputs(heads=heads, kv_heads=kv_heads, queries=1)
+  one_query = functools.partial(attention.one_query, scale=SCALE, cap=cap)
+  out = jax.jit(one_query)(*args)
+  np.testing.assert_allclose(out, by_hand(*args, cap=cap), atol=2e-6)
+
+
+def test_one_query_is_for_a_tpu_that_has_all_heads():
+  args = inputs(heads=4, kv_heads=2, queries=1)
+
+  def form(platform, tensor):
+    mesh = sharding.make_mesh(data=1, fsdp=8 // tensor, tensor=tensor)
+    with sharding.use(mesh):
+      traced = jax.jit(attend).trace(*args)
+      text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return '4x11xf32' in text  # scores as [rows, heads, slots]
+
+  assert form('tpu', 1)
+  assert not form('tpu', 2) and not form('cpu', 1)
 
 
 def test_capped_attention_equals_loops():

@@ -24,7 +24,6 @@ from dpo_jax import sharding
 from dpo_jax import topologies
 from dpo_jax import train
 from dpo_jax import updates
-from dpo_jax.models import decoding
 from dpo_jax.models import presets
 from tests import main_test
 from tests import worlds
@@ -151,8 +150,6 @@ def lowered_by_ppo(config, workdir):
     return made._replace(step=Lowered(made.step, texts, 'update'))
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
-    # As elsewhere than on a CPU.
-    patch.setattr(decoding, 'pays', lambda: False)
     generate = Lowered(sampling._generate, texts, 'sampling')
     patch.setattr(sampling, '_generate', generate)
     patch.setattr(rollouts, 'make_observe_step', observe)
@@ -235,7 +232,7 @@ def test_a_proof_of_ppo_adds_up(cpu_slice):
       assert program.place[name] == pytest.approx(copies * share, rel=2e-3)
   # What the compiler says, and what lies there besides: samples are computed
   # with a copy that is whole.
-  assert sampling_.place['cast'] == pytest.approx(8 * share, rel=2e-3)
+  assert 8 * share < sampling_.place['cast'] < 16 * share  # and layers apart
   assert sampling_.needed - GIB == pytest.approx(5 * share, rel=2e-3)
   assert observe.needed - GIB == pytest.approx(3 * share, rel=2e-3)
   assert update.needed - GIB == pytest.approx(2 * share, rel=2e-3)
@@ -267,7 +264,7 @@ def test_a_proof_of_ppo_adds_up(cpu_slice):
 def test_weights_are_gathered_before_sampling_where_they_fit(
   cpu_slice, monkeypatch
 ):
-  """Once, or, where they take too much of a device, for every token."""
+  """Once, or, where copies take too much of a device, for every token."""
   del cpu_slice
   changes = {'mesh.data': 1, 'mesh.fsdp': 8, 'rollout.batch_size': 8}
   config = ppo_config_of(**changes)
@@ -280,7 +277,8 @@ def test_weights_are_gathered_before_sampling_where_they_fit(
     return found.payload if found else 0
 
   assert gathered(config) < 0.1 * whole
-  monkeypatch.setattr(topologies, 'memory', lambda _: 8 * size_of(config))
+  # A quarter of it is less than a copy.
+  monkeypatch.setattr(topologies, 'memory', lambda _: 9 * size_of(config))
   assert gathered(config) > 4 * whole
   config = ppo_config_of(**changes | {'model.gather_share': 1.0})
   assert gathered(config) < 0.1 * whole

@@ -1,10 +1,13 @@
 """The decoder taken apart against the stack of layers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import sharding
 from dpo_jax.models import decoding
 from dpo_jax.models import lora
 from dpo_jax.models import transformer
@@ -21,6 +24,29 @@ def random_adapter(config):
   settings = lora.Lora(targets='.*', rank=2, alpha=4.0, init='a_zero')
   adapter = lora.init_adapter(config, settings, jax.random.key(1))
   return jax.tree.map(lambda x: x + 0.1, adapter)
+
+
+def test_shapes_of_layers_apart_are_theirs_and_cut_as_the_stack_is():
+  config = worlds.LLAMA
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  boxed = jax.eval_shape(
+    lambda: transformer.init_params(config, jax.random.key(0))
+  )
+  places = sharding.parameter_shardings(boxed, mesh)
+  params = jax.device_put(worlds.params_of(config), places)
+  adapter = jax.device_put(random_adapter(config), sharding.replicated(mesh))
+  variables = {'params': params, 'lora': adapter}
+  shapes = decoding.apart_shapes(config, variables)
+  layers = jax.jit(
+    functools.partial(decoding.apart, config),
+    out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+  )(variables)
+  assert jax.tree.structure(layers) == jax.tree.structure(shapes)
+  for layer, shape in zip(jax.tree.leaves(layers), jax.tree.leaves(shapes)):
+    assert (layer.shape, layer.dtype) == (shape.shape, shape.dtype)
+  up = layers[1]['turned']['mlp']['up']
+  assert up.sharding.spec == jax.sharding.PartitionSpec('tensor', 'fsdp')
+  np.testing.assert_array_equal(up, params['layers']['mlp']['up'][1].T)
 
 
 @pytest.mark.parametrize('family', worlds.FAMILIES)

@@ -150,7 +150,7 @@ def test_weights_gathered_before_sampling_give_the_same_samples(
   sizes = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
   prompts = [g.prompt for g in worlds.make_groups(5)]
   found, places = [], []
-  for share in (0.0, 0.125):
+  for share in (0.0, 0.25):
     config = worlds.debug_config(
       tmp_path, arg, **sizes, **{'model.gather_share': share}
     )
@@ -172,7 +172,9 @@ def test_weights_gathered_before_sampling_give_the_same_samples(
           batch_size=8,
         )
       )
-      places.append(evaluators.places_to_sample(policy.config, variables))
+      how = evaluators.how_to_sample(policy.config, variables)
+      places.append(how['places'])
+      assert how['apart'] == bool(share)
   np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
   np.testing.assert_allclose(
     found[0].token_logps, found[1].token_logps, atol=1e-5

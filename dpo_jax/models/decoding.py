@@ -1,13 +1,13 @@
-"""The decoder taken apart, for one token a row on a CPU.
+"""The decoder taken apart, for one token a row.
 
-`Transformer` loops over stacked layers. XLA on a CPU copies a layer out of its
-stack before it computes with it, and it packs (copies) the right side of every
-product: 64 rows times weights [576, 1536] ran at 83 GFLOP/s, the same with the
-weights on the left at 96 (experiments/LOG.md). So `apart` gives every layer
-arrays of its own, once and outside of the loop over tokens, and weights with
-their outputs first, for products W x in place of x W. It holds the layers'
-weights a second time. Elsewhere, where nothing of this was measured, we decode
-with `Transformer`.
+`Transformer` loops over stacked layers. XLA copies a layer, or its keys and
+values, out of their stack before it computes with them, and on a CPU it packs
+(copies) the right side of every product: 64 rows times weights [576, 1536] ran
+at 83 GFLOP/s, the same with the weights on the left at 96. So `apart` gives
+every layer arrays of its own, once and outside of the loop over tokens, and
+weights with their outputs first, for products W x in place of x W. It holds the
+layers' weights a second time. On a GPU, where nothing of this was measured, we
+decode with `Transformer`. Figures are in experiments/LOG.md.
 
 Dimension key: see `models/transformer`.
 """
@@ -16,14 +16,15 @@ import operator
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from dpo_jax.models import lora
 from dpo_jax.models import transformer
 
-
-def pays():
-  """Returns whether layers apart are faster than the stack where we run."""
-  return jax.default_backend() == 'cpu'
+# Where layers apart are faster than the stack: measured on a CPU; on a TPU by
+# the compiler's own cycles.
+PLATFORMS = ('cpu', 'tpu')
 
 
 def apart(config, variables):
@@ -31,19 +32,46 @@ def apart(config, variables):
 
   A weight [L, *ins, *outs] becomes L weights [*outs, *ins] in 'turned'.
   """
+  return _apart(config, variables, operator.getitem, jnp.transpose)
+
+
+def apart_shapes(config, variables):
+  """Returns the placed shapes of `apart`, of arrays or of placed shapes.
+
+  A layer is cut among devices as its stack is.
+  """
+
+  def placed(x, axes):
+    where = x.sharding
+    if isinstance(where, NamedSharding):
+      spec = [*where.spec, *[None] * (x.ndim - len(where.spec))]
+      cut = PartitionSpec(*(spec[axis] for axis in axes))
+      where = NamedSharding(where.mesh, cut)
+    shape = tuple(x.shape[axis] for axis in axes)
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
+
+  def take(x, number):
+    del number
+    return placed(x, range(1, x.ndim))
+
+  return _apart(config, variables, take, placed)
+
+
+def _apart(config, variables, take, turn):
+  """Is `apart` by (stack, number) -> a layer's, (weight, axes) -> turned."""
   stacks = {
     name: tree['layers'] for name, tree in variables.items() if 'layers' in tree
   }
   layers = []
   for number in range(config.num_layers):
-    layer = jax.tree.map(operator.itemgetter(number), stacks)
+    layer = jax.tree.map(lambda x, n=number: take(x, n), stacks)
     layer['turned'] = {}
     for name, ins in lora.INPUTS.items():
       group, last = name.split('/')
       if last in layer['params'][group]:
         weight = layer['params'][group].pop(last)
         outs = range(ins, weight.ndim)
-        layer['turned'].setdefault(group, {})[last] = jnp.transpose(
+        layer['turned'].setdefault(group, {})[last] = turn(
           weight, (*outs, *range(ins))
         )
     layers.append(layer)

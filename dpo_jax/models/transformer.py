@@ -96,7 +96,7 @@ class TransformerConfig:
   dtype: str = 'float32'  # of the computation; parameters stay float32
   remat: str = 'none'  # what the backward pass recomputes, see REMATS
   scan_unroll: int = 1  # layers per iteration of the layer loop
-  gather_share: float = 0.125  # see `evaluators.places_to_sample`
+  gather_share: float = 0.25  # see `evaluators.how_to_sample`
 
   def __post_init__(self):
     for name, legal in [
