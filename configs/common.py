@@ -128,7 +128,7 @@ def training(arg):
   config.model.remat = 'none'
   config.model.scan_unroll = 1  # layers per iteration of the layer loop
   # Of a device's memory, for copies of the weights to sample with. Where they
-  # take no more, they are gathered from the fsdp axis once, not for every token.
+  # take no more they are gathered from the fsdp axis once, not for every token.
   config.model.gather_share = 0.25
 
   config.adapter = pick(ADAPTERS, 'adapter', arg['adapter'])
