@@ -488,6 +488,7 @@ def test_a_run_goes_on_with_the_state_of_another(tmp_path):
     ('kl=fixed', {'kl.coef': float('nan')}, 'kl.coef is nan; use 0 or more'),
     ('', {'kl.coef': 0.0}, 'kl.coef is 0, .* choose kl=fixed'),
     ('', {'kl.kind': 'fixed'}, 'behind the colon'),
+    ('', {'kl.horizon': 3.2}, 'for rollout.size 16: .* kl.horizon above 3.2'),
     ('', {'kl.target': 0.0}, 'kl.target is 0.0; use a number above 0'),
     ('', {'kl.estimator': 'k2'}, "did you mean 'k"),
     ('', {'reference.mode': 'ema'}, "unknown reference of PPO 'ema'"),
