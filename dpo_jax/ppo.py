@@ -47,8 +47,18 @@ from dpo_jax.data import examples
 # other keys of their section.
 REFERENCES = {'frozen': (), 'adapter_off': ()}
 
-# What a run must share with the one whose state it goes on with.
-RESUMED = ('init', 'model', 'adapter', 'reference', 'data', 'reward', 'rollout')
+# What a run must share with the one whose state it goes on with. The state has
+# the KL coefficient, so another kl.coef would not be heeded.
+RESUMED = (
+  'init',
+  'model',
+  'adapter',
+  'reference',
+  'data',
+  'reward',
+  'rollout',
+  'kl',
+)
 
 
 def run(config, workdir):

@@ -460,6 +460,13 @@ def test_a_run_goes_on_with_the_state_of_another(tmp_path):
   )
   assert len(second) == 1 and second[0] != first[-1] != first[0]
   assert metrics.read(tmp_path / 'second')[0]['step'] == 3
+  # The state has the coefficient, so another one would not be heeded.
+  other = debug_config(
+    resume=str(tmp_path / 'first'), **changes | {'kl.coef': 0.3}
+  )
+  with pytest.raises(ValueError, match=r'kl.coef: 0.15 -> 0.3\); set them as'):
+    ppo.run(other, tmp_path / 'third')
+  assert not (tmp_path / 'third').exists()
 
 
 # --- Bad input ----------------------------------------------------------------
