@@ -114,14 +114,20 @@ def probability(path):
   )
 
 
-def function(path):
-  """Returns the function MODULE.FUNCTION, a reward of the user's."""
+def _parted(path):
+  """Returns (MODULE, FUNCTION) of MODULE.FUNCTION."""
   module, _, name = path.rpartition('.')
-  if not module:
+  if not module or not name:
     raise ValueError(
       f'reward python:{path}: write python:MODULE.FUNCTION, such as'
       ' python:my_rewards.politeness'
     )
+  return module, name
+
+
+def function(path):
+  """Returns the function MODULE.FUNCTION, a reward of the user's."""
+  module, name = _parted(path)
   try:
     found = importlib.import_module(module)
   except ImportError as error:
@@ -148,34 +154,37 @@ MAKERS = {
   'python': function,
 }
 CONSTRAINTS = {'digits': digits, 'negative': negative}
-# Kinds whose rest is a name of a table; what other kinds name is on a disk.
-_OF_TABLES = ('rule',)
 # Kinds of NumPy's arrays that are no numbers: texts, complex ones, dates.
 _NO_NUMBERS = 'USMmc'
 
 
 def check(name):
-  """Refuses a name that no reward has, as far as tables can tell."""
+  """Refuses a name that no reward has, as far as the name alone tells."""
   kind, colon, rest = str(name).partition(':')
-  if not colon or kind in _OF_TABLES:
-    get(name)
+  if not colon:
+    names.look_up(REWARDS, 'reward', name)
     return
   names.look_up(MAKERS, 'kind of reward', kind)
   if not rest:
     raise ValueError(f'reward {name!r} names nothing behind its colon')
+  if kind in _READERS:
+    _READERS[kind](rest)
 
 
 def get(name):
   """Returns the reward of that name, but for those of `reward_models`."""
+  check(name)
   kind, colon, rest = str(name).partition(':')
-  if not colon:
-    return names.look_up(REWARDS, 'reward', name)
-  return names.look_up(MAKERS, 'kind of reward', kind)(rest)
+  return MAKERS[kind](rest) if colon else REWARDS[name]
 
 
 def get_constraint(name):
   """Returns the constraint score of that name."""
   return names.look_up(CONSTRAINTS, 'constraint', name)
+
+
+# Kind -> what refuses its rest without a file or an import, where that can be.
+_READERS = {'rule': get_constraint, 'python': _parted}
 
 
 def score(reward, prompts, responses, *, name='', ended=None):

@@ -33,7 +33,6 @@ def test_any_function_is_a_reward_by_its_name():
 @pytest.mark.parametrize(
   'name, message',
   [
-    ('python:length', 'write python:MODULE.FUNCTION'),
     ('python:no_such_module.x', "'no_such_module' cannot be imported .*PYTHON"),
     ('python:dpo_jax.rewards.lenght', "'lenght'; did you mean 'length'"),
     ('python:dpo_jax.rewards.REWARDS', 'not a function'),
@@ -162,6 +161,7 @@ def test_a_rule_is_a_reward_that_is_highest_where_it_is_kept():
 
 @pytest.mark.parametrize('check', [rewards.check, reward_models.check])
 def test_names_are_checked_without_their_files(check):
+  get = {rewards.check: rewards.get}.get(check, reward_models.get)
   for name in ('vader', 'rule:digits', 'sentiment:no.npz', 'python:no.such'):
     check(name)
   for name, message in [
@@ -169,9 +169,13 @@ def test_names_are_checked_without_their_files(check):
     ('rule:digts', "constraint 'digts'; did you mean 'digits'"),
     ('sentimant:x', "did you mean 'sentiment'"),
     ('sentiment:', 'names nothing behind its colon'),
+    ('python:length', 'write python:MODULE.FUNCTION'),
+    ('python:.length', 'write python:MODULE.FUNCTION'),
+    ('python:dpo_jax.', 'write python:MODULE.FUNCTION'),
   ]:
-    with pytest.raises(ValueError, match=message):
-      check(name)
+    for refuse in (check, get):  # before anything runs as when it is opened
+      with pytest.raises(ValueError, match=message):
+        refuse(name)
 
 
 @pytest.mark.parametrize(
