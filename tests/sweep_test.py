@@ -84,6 +84,21 @@ def test_values_are_read_by_the_type_of_their_key():
 
 
 @pytest.mark.parametrize(
+  'text, values',
+  [
+    ('1,2', ['1', '2']),
+    ('(1,(2,3)),4', ['(1,(2,3))', '4']),
+    ('((1,2),3),[{4,5},6],', ['((1,2),3)', '[{4,5},6]', '']),
+    ('a),b,:(,c', ['a)', 'b', ':(,c']),  # what is never closed goes on
+  ],
+)
+def test_commas_within_brackets_are_kept(text, values):
+  problems = []
+  assert grids.read([f'x={text}'], problems) == {'x': values}
+  assert problems == []
+
+
+@pytest.mark.parametrize(
   'config, verb',
   [('ppo', 'ppo'), ('quickstart', 'online'), ('sft', 'train')],
 )
