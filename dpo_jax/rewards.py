@@ -19,8 +19,10 @@ Names of rewards, as configs write them:
 """
 
 import abc
+import collections
 import functools
 import importlib
+import itertools
 import re
 
 import numpy as np
@@ -265,8 +267,40 @@ def distinct_n(texts, n):
   (arXiv:1510.03055). The share falls with the number of texts: compare equal
   numbers. 0 where no text has n words.
   """
+  grams = _grams(texts, n)
+  return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_n_error(texts, n, *, per_prompt):
+  """Returns the standard error of `distinct_n` over prompts: the jackknife's.
+
+  sqrt((N - 1) / N sum (x_i - mean x)^2), where x_i is the share without the
+  texts of prompt i; in expectation no less than the true one of N - 1 prompts
+  (Efron and Stein 1981, Annals of Statistics 9). No bootstrap: a prompt that is
+  drawn twice brings the same n-grams again, which lowers the share as much as
+  texts that repeat each other do.
+
+  Args:
+    texts: those of a prompt stand side by side.
+    n: words of an n-gram.
+    per_prompt: texts of each prompt.
+  """
+  found = [
+    _grams(texts[at : at + per_prompt], n)
+    for at in range(0, len(texts), per_prompt)
+  ]
+  own = [set(grams) for grams in found]
+  holders = collections.Counter(itertools.chain.from_iterable(own))
+  alone = np.array([sum(holders[gram] == 1 for gram in grams) for grams in own])
+  sizes = np.array([len(grams) for grams in found])
+  shares = (len(holders) - alone) / np.maximum(sizes.sum() - sizes, 1)
+  return float(shares.std() * (len(shares) - 1) ** 0.5)
+
+
+def _grams(texts, n):
+  """Lists the n-grams of each text, one text after another."""
   grams = []
   for text in texts:
     words = text.lower().split()
     grams += zip(*(words[i:] for i in range(n)))
-  return len(set(grams)) / len(grams) if grams else 0.0
+  return grams

@@ -191,6 +191,37 @@ def test_distinct_n_counts_different_word_grams(texts, n, share):
   assert rewards.distinct_n(texts, n) == pytest.approx(share)
 
 
+def made_up(rng, number):
+  """Texts of 12 words, of which some are of one text and others of many."""
+  return [
+    ' '.join(map(str, np.append(rng.zipf(1.3, 10), rng.integers(1000, size=2))))
+    for _ in range(number)
+  ]
+
+
+@pytest.mark.parametrize('per_prompt', [1, 3])
+def test_the_error_of_distinct_n_leaves_one_prompt_out(per_prompt):
+  texts = made_up(np.random.default_rng(0), 5 * per_prompt)
+  texts[0] = 'two words'
+  shares = []
+  for n in range(5):
+    left = texts[: n * per_prompt] + texts[(n + 1) * per_prompt :]
+    shares.append(rewards.distinct_n(left, 2))
+  expected = np.sqrt(4 / 5 * np.sum((shares - np.mean(shares)) ** 2))
+  found = rewards.distinct_n_error(texts, 2, per_prompt=per_prompt)
+  assert found == pytest.approx(expected) and found > 0.0
+  for same in (['a', ''], ['a b'] * 4, ['a b', 'c d']):
+    assert rewards.distinct_n_error(same, 2, per_prompt=1) == 0.0
+
+
+def test_the_error_of_distinct_n_is_the_spread_over_other_prompts():
+  rng = np.random.default_rng(0)
+  sets = [made_up(rng, 32) for _ in range(150)]
+  spread = np.std([rewards.distinct_n(texts, 2) for texts in sets], ddof=1)
+  found = [rewards.distinct_n_error(x, 2, per_prompt=1) for x in sets]
+  np.testing.assert_allclose(np.mean(found), spread, rtol=0.2)
+
+
 def test_the_openings_are_many_short_neutral_and_different():
   texts = openings.openings()
   assert {split: len(t) for split, t in texts.items()} == {
