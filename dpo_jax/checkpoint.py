@@ -126,6 +126,11 @@ def leaves(directory, item, *, which=NEWEST):
   return ()
 
 
+def can_mean(which):
+  """Whether a text can mean a checkpoint of some run, see `restore`."""
+  return which in (NEWEST, BEST) or which.isdecimal()
+
+
 def step_of(directory, which):
   """Returns the step of the checkpoint that `which` means, see `restore`."""
   directory = pathlib.Path(directory).absolute()

@@ -261,7 +261,8 @@ def make_samples(
     cost: name of a constraint score, or 'none'.
 
   The evaluator maps (variables, ref_variables) to (values, records): means
-  over samples with standard errors over prompts, and every text; without
+  over samples with standard errors over prompts, `distinct_2` with the
+  jackknife's (`rewards.distinct_n_error`), and every text; without
   `ref_variables` (None) there is no `kl`.
   """
   repeated = [p for p in prompts for _ in range(samples_per_prompt)]
@@ -310,6 +311,10 @@ def make_samples(
     if constraint:
       columns['cost'] = rewards.score_constraint(constraint, begun, texts)
     values = {'distinct_2': rewards.distinct_n(texts, 2)}
+    if len(prompts) > 1:
+      values['distinct_2_se'] = rewards.distinct_n_error(
+        texts, 2, per_prompt=samples_per_prompt
+      )
     columns_NS = {
       name: np.reshape(column, (len(prompts), samples_per_prompt))
       for name, column in columns.items()

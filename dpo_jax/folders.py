@@ -55,9 +55,14 @@ def is_part(path: pathlib.Path) -> bool:
 
 
 def write_file(path: pathlib.Path, fill: Callable) -> None:
-  """Lets `fill` write in a folder of its own, then moves the file to `path`."""
+  """Lets `fill` write in a folder of its own, then moves the file to `path`.
+
+  Its bytes are on the disk before its name is there.
+  """
   with _part(path) as folder:
     fill(folder / path.name)
+    with open(folder / path.name, 'rb') as f:
+      os.fsync(f.fileno())
     os.replace(folder / path.name, path)
 
 

@@ -47,8 +47,18 @@ from dpo_jax.data import examples
 # other keys of their section.
 REFERENCES = {'frozen': (), 'adapter_off': ()}
 
-# What a run must share with the one whose state it goes on with.
-RESUMED = ('init', 'model', 'adapter', 'reference', 'data', 'reward', 'rollout')
+# What a run must share with the one whose state it goes on with. The state has
+# the KL coefficient, so another kl.coef would not be heeded.
+RESUMED = (
+  'init',
+  'model',
+  'adapter',
+  'reference',
+  'data',
+  'reward',
+  'rollout',
+  'kl',
+)
 
 
 def run(config, workdir):
@@ -96,7 +106,7 @@ def check(config, mesh):
       checks.numbers(config, _NUMBERS),
       lambda: check_rollout(config.rollout, config.batch_size),
       lambda: check_reward(config.reward.name),
-      lambda: check_kl(dict(config.kl)),
+      lambda: check_kl(dict(config.kl), config.rollout.size),
       lambda: rollouts.check_source(config.data),
       lambda: names.look_up(rl.NORMALIZERS, 'reward.normalize', normalize),
       lambda: names.look_up(rl.KL_ESTIMATORS, 'kl.estimator', estimator),
@@ -133,8 +143,11 @@ def check_reward(name):
   reward_models.check(name)
 
 
-def check_kl(kl):
-  """Refuses a section `kl` whose keys and numbers do not fit its kind."""
+def check_kl(kl, samples):
+  """Refuses a section `kl` whose keys and numbers do not fit its kind.
+
+  `samples` are those of a rollout.
+  """
   keys = names.look_up(rl.KL_CONTROLLERS, 'kl.kind', kl['kind'])
   if set(kl) != {'kind', 'coef', 'estimator', *keys}:
     raise ValueError(
@@ -150,6 +163,13 @@ def check_kl(kl):
       f'kl.coef is 0, which {kl["kind"]} control, that multiplies it, never'
       ' changes; set it above 0, or choose kl=fixed behind the colon of'
       ' --config'
+    )
+  least = rl.MOST_ERROR * samples
+  if 'horizon' in keys and kl['horizon'] <= least:
+    raise ValueError(
+      f'kl.horizon {kl["horizon"]} is too short for rollout.size {samples}: one'
+      ' rollout could make the KL coefficient 0 or negative; set kl.horizon'
+      f' above {least:g}, or make rollout.size smaller'
     )
 
 

@@ -7,12 +7,14 @@ wrote it to metrics.jsonl, is taken off, and E[r] = 0 there.
 """
 
 import functools
+import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import checkpoint
 from dpo_jax import evaluators
 from dpo_jax import logps
 from dpo_jax import metrics
@@ -36,12 +38,32 @@ _SHORTEST = 16  # tokens of the smallest shape that is compiled
 
 
 def check(name):
-  """Refuses a name that no reward has, as far as tables can tell."""
-  kind, _, workdir = str(name).partition(':')
-  if kind != 'model':
+  """Refuses a name that no reward has, as far as the name alone tells."""
+  kind, _, rest = str(name).partition(':')
+  if kind == 'model':
+    _parted(rest)
+  else:
     rewards.check(name)
-  elif not workdir:
-    raise ValueError(f'reward {name!r}: write model:WORKDIR of a reward model')
+
+
+def _parted(text):
+  """Returns (workdir, which checkpoint) of WORKDIR or WORKDIR@WHICH.
+
+  An @ may be of the path as well: of a folder on the way, or of one that is
+  there.
+  """
+  if not text:
+    raise ValueError("reward 'model:': write model:WORKDIR of a reward model")
+  workdir, at, which = text.rpartition('@')
+  if workdir and checkpoint.can_mean(which):
+    return workdir, which
+  if at and os.sep not in which and not os.path.isdir(text):
+    raise ValueError(
+      f'reward model:{text}: {which!r} is no checkpoint; write'
+      f' model:WORKDIR@WHICH with {checkpoint.NEWEST}, {checkpoint.BEST} or a'
+      ' step, also behind a WORKDIR that ends in an @ and a name'
+    )
+  return text, checkpoint.NEWEST
 
 
 def get(name, *, mesh=None):
@@ -50,10 +72,10 @@ def get(name, *, mesh=None):
   `model:WORKDIR@WHICH` is a checkpoint of a run: newest, best or a step.
   `mesh` is of the devices that a learned one goes to; None: all, side by side.
   """
-  kind, _, workdir = str(name).partition(':')
+  kind, _, rest = str(name).partition(':')
   if kind == 'model':
-    workdir, _, which = workdir.partition('@')
-    return load(workdir, which=which or 'newest', mesh=mesh)
+    workdir, which = _parted(rest)
+    return load(workdir, which=which, mesh=mesh)
   return rewards.get(name)
 
 

@@ -19,8 +19,10 @@ Names of rewards, as configs write them:
 """
 
 import abc
+import collections
 import functools
 import importlib
+import itertools
 import re
 
 import numpy as np
@@ -114,14 +116,20 @@ def probability(path):
   )
 
 
-def function(path):
-  """Returns the function MODULE.FUNCTION, a reward of the user's."""
+def _parted(path):
+  """Returns (MODULE, FUNCTION) of MODULE.FUNCTION."""
   module, _, name = path.rpartition('.')
-  if not module:
+  if not module or not name:
     raise ValueError(
       f'reward python:{path}: write python:MODULE.FUNCTION, such as'
       ' python:my_rewards.politeness'
     )
+  return module, name
+
+
+def function(path):
+  """Returns the function MODULE.FUNCTION, a reward of the user's."""
+  module, name = _parted(path)
   try:
     found = importlib.import_module(module)
   except ImportError as error:
@@ -148,34 +156,37 @@ MAKERS = {
   'python': function,
 }
 CONSTRAINTS = {'digits': digits, 'negative': negative}
-# Kinds whose rest is a name of a table; what other kinds name is on a disk.
-_OF_TABLES = ('rule',)
 # Kinds of NumPy's arrays that are no numbers: texts, complex ones, dates.
 _NO_NUMBERS = 'USMmc'
 
 
 def check(name):
-  """Refuses a name that no reward has, as far as tables can tell."""
+  """Refuses a name that no reward has, as far as the name alone tells."""
   kind, colon, rest = str(name).partition(':')
-  if not colon or kind in _OF_TABLES:
-    get(name)
+  if not colon:
+    names.look_up(REWARDS, 'reward', name)
     return
   names.look_up(MAKERS, 'kind of reward', kind)
   if not rest:
     raise ValueError(f'reward {name!r} names nothing behind its colon')
+  if kind in _READERS:
+    _READERS[kind](rest)
 
 
 def get(name):
   """Returns the reward of that name, but for those of `reward_models`."""
+  check(name)
   kind, colon, rest = str(name).partition(':')
-  if not colon:
-    return names.look_up(REWARDS, 'reward', name)
-  return names.look_up(MAKERS, 'kind of reward', kind)(rest)
+  return MAKERS[kind](rest) if colon else REWARDS[name]
 
 
 def get_constraint(name):
   """Returns the constraint score of that name."""
   return names.look_up(CONSTRAINTS, 'constraint', name)
+
+
+# Kind -> what refuses its rest without a file or an import, where that can be.
+_READERS = {'rule': get_constraint, 'python': _parted}
 
 
 def score(reward, prompts, responses, *, name='', ended=None):
@@ -256,8 +267,40 @@ def distinct_n(texts, n):
   (arXiv:1510.03055). The share falls with the number of texts: compare equal
   numbers. 0 where no text has n words.
   """
+  grams = _grams(texts, n)
+  return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_n_error(texts, n, *, per_prompt):
+  """Returns the standard error of `distinct_n` over prompts: the jackknife's.
+
+  sqrt((N - 1) / N sum (x_i - mean x)^2), where x_i is the share without the
+  texts of prompt i; in expectation no less than the true one of N - 1 prompts
+  (Efron and Stein 1981, Annals of Statistics 9). No bootstrap: a prompt that is
+  drawn twice brings the same n-grams again, which lowers the share as much as
+  texts that repeat each other do.
+
+  Args:
+    texts: those of a prompt stand side by side.
+    n: words of an n-gram.
+    per_prompt: texts of each prompt.
+  """
+  found = [
+    _grams(texts[at : at + per_prompt], n)
+    for at in range(0, len(texts), per_prompt)
+  ]
+  own = [set(grams) for grams in found]
+  holders = collections.Counter(itertools.chain.from_iterable(own))
+  alone = np.array([sum(holders[gram] == 1 for gram in grams) for grams in own])
+  sizes = np.array([len(grams) for grams in found])
+  shares = (len(holders) - alone) / np.maximum(sizes.sum() - sizes, 1)
+  return float(shares.std() * (len(shares) - 1) ** 0.5)
+
+
+def _grams(texts, n):
+  """Lists the n-grams of each text, one text after another."""
   grams = []
   for text in texts:
     words = text.lower().split()
     grams += zip(*(words[i:] for i in range(n)))
-  return len(set(grams)) / len(grams) if grams else 0.0
+  return grams

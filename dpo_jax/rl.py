@@ -27,6 +27,8 @@ KL_ESTIMATORS = {
 
 # Kind -> the other keys of a config's kl section, besides coef.
 KL_CONTROLLERS = {'fixed': (), 'adaptive': ('target', 'horizon')}
+# The most that `adapted` sees of a KL's relative error, either way.
+MOST_ERROR = 0.2
 
 # What rewards are shifted and scaled by.
 NORMALIZERS = {
@@ -191,7 +193,8 @@ def value_losses(values, old_values, returns, *, clip):
 def adapted(coef, kl, *, target, horizon, samples):
   """The next KL coefficient: coef (1 + clip(kl / target - 1, -.2, .2) n / h).
 
-  arXiv:1909.08593, section 2.2, with n samples and the horizon of its code.
+  arXiv:1909.08593, section 2.2, with n samples and the horizon of its code. It
+  stays above 0 where horizon > `MOST_ERROR` * samples.
 
   Args:
     coef: of this rollout.
@@ -200,7 +203,7 @@ def adapted(coef, kl, *, target, horizon, samples):
     horizon: samples after which an error of 1 would have doubled it.
     samples: of the rollout.
   """
-  error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+  error = jnp.clip(kl / target - 1.0, -MOST_ERROR, MOST_ERROR)
   return coef * (1.0 + error * samples / horizon)
 
 

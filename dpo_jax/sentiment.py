@@ -19,7 +19,6 @@ The halves are of texts, not of rows, and a text of both sides has left train
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import time
@@ -30,6 +29,7 @@ import scipy.optimize
 import scipy.sparse
 import scipy.special
 
+from dpo_jax import folders
 from dpo_jax import names
 from dpo_jax.data import builders
 
@@ -128,14 +128,16 @@ class Classifier:
   def save(self, path) -> None:
     """Writes a file that appears whole."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     settings = {'kind': self.kind, 'bias': self.bias, 'about': self.about}
-    unfinished = path.with_name(f'{path.name}.tmp')
-    with open(unfinished, 'wb') as f:
-      np.savez_compressed(
-        f, weights=self.weights, settings=json.dumps(settings)
-      )
-    os.replace(unfinished, path)
+
+    def fill(part):
+      with open(part, 'wb') as f:
+        np.savez_compressed(
+          f, weights=self.weights, settings=json.dumps(settings)
+        )
+
+    folders.remove_stale(path)
+    folders.write_file(path, fill)
 
 
 def load(path) -> Classifier:
@@ -144,12 +146,16 @@ def load(path) -> Classifier:
     with np.load(path, allow_pickle=False) as file:
       settings = json.loads(str(file['settings']))
       weights = file['weights']
-  except (OSError, ValueError, KeyError, EOFError) as error:
+    loaded = Classifier(weights=weights, **settings)
+    names.look_up(KINDS, 'kind of features', loaded.kind)
+    if weights.shape != (2**loaded.bits,):
+      raise ValueError(f'its weights have shape {weights.shape}')
+  except Exception as error:  # damaged bytes can be anything, and so raise it
     raise ValueError(
       f'{str(path)!r} is no sentiment classifier ({error}); write one with'
       ' `dpo-jax sentiment SOURCE FOLDER`'
     ) from error
-  return Classifier(weights=weights, **settings)
+  return loaded
 
 
 def fit(texts, labels, *, kind, bits, penalty) -> Classifier:

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import sys
 import urllib.parse
 from typing import NamedTuple
@@ -59,8 +58,7 @@ def read(entries, problems):
   grid = {}
   for entry in entries:
     name, equals, text = entry.partition('=')
-    # At commas, but not within brackets.
-    texts = re.split(r',(?![^(\[{]*[)\]}])', text)
+    texts = split(text)
     if not equals or not name:
       problems.append(f'{entry!r} is no NAME=VALUE[,VALUE...]')
     elif name in grid:
@@ -70,6 +68,18 @@ def read(entries, problems):
         problems.append(f'{name}={value} stands twice; duplicate jobs')
       grid[name] = list(dict.fromkeys(texts))
   return grid
+
+
+def split(text):
+  """Splits a text at its commas, but not within brackets."""
+  texts, depth = [''], 0
+  for letter in text:
+    if letter == ',' and not depth:
+      texts.append('')
+      continue
+    texts[-1] += letter
+    depth = max(depth + (letter in '([{') - (letter in ')]}'), 0)
+  return texts
 
 
 def job_name(values, varying):

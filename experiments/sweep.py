@@ -104,7 +104,7 @@ def _run_job(job, workdir, state):
       state.child.wait()
       state.child = None
   # Whoever stops a job from outside means the sweep.
-  if status in (processes.PREEMPTED, -signal.SIGTERM):
+  if status in sweep_results.STOPPED:
     state.stopped = True
   elif status == 0 and not workdirs.finished(folder):
     status = 1

@@ -10,16 +10,21 @@ import glob
 import json
 import math
 import os
+import signal
 import statistics
 import urllib.parse
 from typing import NamedTuple
 
+from dpo_jax import judges
 from dpo_jax import metrics
 from dpo_jax import names
+from dpo_jax import processes
 from dpo_jax import report
 from dpo_jax import workdirs
 
 JOB = 'job.json'  # of a job's folder: values, status and seconds
+# Exit statuses of a job that was stopped from outside.
+STOPPED = (processes.PREEMPTED, -signal.SIGTERM)
 # Shown where no others are asked for, as far as runs have them.
 METRICS = (
   'heldout/rewards/accuracy',
@@ -130,11 +135,8 @@ def status_of(folder, noted):
   if workdirs.finished(folder):
     return 'finished'
   if noted.get('status'):
-    return 'failed' if noted['status'] not in _STOPPED else 'unfinished'
+    return 'failed' if noted['status'] not in STOPPED else 'unfinished'
   return 'unfinished' if os.path.isdir(folder) else 'not begun'
-
-
-_STOPPED = (75, -15)  # preempted; SIGTERM
 
 
 def read_outcomes(workdir, known, view):
@@ -201,9 +203,7 @@ def mean_and_error(group, quantity):
     return None
   if len(found) == 1:
     return found[0], None
-  return statistics.fmean(found), statistics.stdev(found) / math.sqrt(
-    len(found)
-  )
+  return statistics.fmean(found), judges.standard_error(found)
 
 
 def write_csv(outcomes, path):

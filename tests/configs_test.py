@@ -9,6 +9,7 @@ from configs import quickstart
 from configs import sft
 from dpo_jax import metrics
 from dpo_jax import online
+from dpo_jax import ppo
 from dpo_jax import settings
 from dpo_jax import train
 from dpo_jax.losses import table
@@ -100,6 +101,7 @@ def test_ppo_has_the_settings_of_published_runs(preset, sizes, kl, changes):
   for name, value in changes.items():
     section, key = name.split('.')
     assert config[section][key] == value
+  ppo.check_kl(dict(config.kl), config.rollout.size)
   lora = ppo_configs.get_config(f'preset={preset},adapter=lora,kl=fixed')
   assert lora.reference.mode == 'adapter_off'
   assert set(lora.kl) == {'kind', 'coef', 'estimator'}

@@ -117,6 +117,10 @@ def test_samples_are_measured(temperature):
   np.testing.assert_allclose(
     values['reward_se'], abs(by_prompt[0] - by_prompt[1]) / 2
   )
+  texts = [r['response'] for r in records]
+  assert values['distinct_2'] == rewards.distinct_n(texts, 2)
+  error = rewards.distinct_n_error(texts, 2, per_prompt=3)
+  assert values['distinct_2_se'] == error
   costs = [r['cost'] for r in records]
   assert costs == list(rewards.negative([], [r['response'] for r in records]))
   np.testing.assert_allclose(values['cost'], np.mean(costs))

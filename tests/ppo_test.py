@@ -460,6 +460,13 @@ def test_a_run_goes_on_with_the_state_of_another(tmp_path):
   )
   assert len(second) == 1 and second[0] != first[-1] != first[0]
   assert metrics.read(tmp_path / 'second')[0]['step'] == 3
+  # The state has the coefficient, so another one would not be heeded.
+  other = debug_config(
+    resume=str(tmp_path / 'first'), **changes | {'kl.coef': 0.3}
+  )
+  with pytest.raises(ValueError, match=r'kl.coef: 0.15 -> 0.3\); set them as'):
+    ppo.run(other, tmp_path / 'third')
+  assert not (tmp_path / 'third').exists()
 
 
 # --- Bad input ----------------------------------------------------------------
@@ -488,6 +495,7 @@ def test_a_run_goes_on_with_the_state_of_another(tmp_path):
     ('kl=fixed', {'kl.coef': float('nan')}, 'kl.coef is nan; use 0 or more'),
     ('', {'kl.coef': 0.0}, 'kl.coef is 0, .* choose kl=fixed'),
     ('', {'kl.kind': 'fixed'}, 'behind the colon'),
+    ('', {'kl.horizon': 3.2}, 'for rollout.size 16: .* kl.horizon above 3.2'),
     ('', {'kl.target': 0.0}, 'kl.target is 0.0; use a number above 0'),
     ('', {'kl.estimator': 'k2'}, "did you mean 'k"),
     ('', {'reference.mode': 'ema'}, "unknown reference of PPO 'ema'"),

@@ -157,6 +157,48 @@ def test_the_mean_held_out_score_is_taken_off(run):
   np.testing.assert_allclose(named(*texts) - last, value)
 
 
+@pytest.mark.parametrize(
+  'name, workdir, which',
+  [
+    ('runs/rm', 'runs/rm', 'newest'),
+    ('runs/rm@best', 'runs/rm', 'best'),
+    ('me@home/rm@12', 'me@home/rm', '12'),
+    ('me@home/rm', 'me@home/rm', 'newest'),
+    ('rm@home@newest', 'rm@home', 'newest'),
+    ('rm@there', 'rm@there', 'newest'),  # a folder
+  ],
+)
+def test_an_at_is_of_the_checkpoint_or_of_the_path(
+  tmp_path, monkeypatch, name, workdir, which
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'rm@there').mkdir()
+  reward_models.check(f'model:{name}')
+  opened = []
+  monkeypatch.setattr(
+    reward_models,
+    'load',
+    lambda *args, which, **_: opened.append((*args, which)),
+  )
+  reward_models.get(f'model:{name}')
+  assert opened == [(workdir, which)]
+
+
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('model:', 'write model:WORKDIR of a reward model'),
+    ('model:rm@nonsense', "'nonsense' is no checkpoint; write model:WORKDIR@"),
+    ('model:me@home/rm@bets', "'bets' is no checkpoint; .*newest, best or a"),
+    ('model:rm@', "'' is no checkpoint"),
+  ],
+)
+@pytest.mark.parametrize('refuse', [reward_models.check, reward_models.get])
+def test_a_name_of_no_checkpoint_is_refused_unopened(refuse, name, message):
+  with pytest.raises(ValueError, match=message):
+    refuse(name)
+
+
 def test_every_name_is_a_reward():
   assert reward_models.get('length') is rewards.length
   assert reward_models.get('python:dpo_jax.rewards.vader') is rewards.vader

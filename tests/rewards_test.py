@@ -33,7 +33,6 @@ def test_any_function_is_a_reward_by_its_name():
 @pytest.mark.parametrize(
   'name, message',
   [
-    ('python:length', 'write python:MODULE.FUNCTION'),
     ('python:no_such_module.x', "'no_such_module' cannot be imported .*PYTHON"),
     ('python:dpo_jax.rewards.lenght', "'lenght'; did you mean 'length'"),
     ('python:dpo_jax.rewards.REWARDS', 'not a function'),
@@ -162,6 +161,7 @@ def test_a_rule_is_a_reward_that_is_highest_where_it_is_kept():
 
 @pytest.mark.parametrize('check', [rewards.check, reward_models.check])
 def test_names_are_checked_without_their_files(check):
+  get = {rewards.check: rewards.get}.get(check, reward_models.get)
   for name in ('vader', 'rule:digits', 'sentiment:no.npz', 'python:no.such'):
     check(name)
   for name, message in [
@@ -169,9 +169,13 @@ def test_names_are_checked_without_their_files(check):
     ('rule:digts', "constraint 'digts'; did you mean 'digits'"),
     ('sentimant:x', "did you mean 'sentiment'"),
     ('sentiment:', 'names nothing behind its colon'),
+    ('python:length', 'write python:MODULE.FUNCTION'),
+    ('python:.length', 'write python:MODULE.FUNCTION'),
+    ('python:dpo_jax.', 'write python:MODULE.FUNCTION'),
   ]:
-    with pytest.raises(ValueError, match=message):
-      check(name)
+    for refuse in (check, get):  # before anything runs as when it is opened
+      with pytest.raises(ValueError, match=message):
+        refuse(name)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +189,37 @@ def test_names_are_checked_without_their_files(check):
 )
 def test_distinct_n_counts_different_word_grams(texts, n, share):
   assert rewards.distinct_n(texts, n) == pytest.approx(share)
+
+
+def made_up(rng, number):
+  """Texts of 12 words, of which some are of one text and others of many."""
+  return [
+    ' '.join(map(str, np.append(rng.zipf(1.3, 10), rng.integers(1000, size=2))))
+    for _ in range(number)
+  ]
+
+
+@pytest.mark.parametrize('per_prompt', [1, 3])
+def test_the_error_of_distinct_n_leaves_one_prompt_out(per_prompt):
+  texts = made_up(np.random.default_rng(0), 5 * per_prompt)
+  texts[0] = 'two words'
+  shares = []
+  for n in range(5):
+    left = texts[: n * per_prompt] + texts[(n + 1) * per_prompt :]
+    shares.append(rewards.distinct_n(left, 2))
+  expected = np.sqrt(4 / 5 * np.sum((shares - np.mean(shares)) ** 2))
+  found = rewards.distinct_n_error(texts, 2, per_prompt=per_prompt)
+  assert found == pytest.approx(expected) and found > 0.0
+  for same in (['a', ''], ['a b'] * 4, ['a b', 'c d']):
+    assert rewards.distinct_n_error(same, 2, per_prompt=1) == 0.0
+
+
+def test_the_error_of_distinct_n_is_the_spread_over_other_prompts():
+  rng = np.random.default_rng(0)
+  sets = [made_up(rng, 32) for _ in range(150)]
+  spread = np.std([rewards.distinct_n(texts, 2) for texts in sets], ddof=1)
+  found = [rewards.distinct_n_error(x, 2, per_prompt=1) for x in sets]
+  np.testing.assert_allclose(np.mean(found), spread, rtol=0.2)
 
 
 def test_the_openings_are_many_short_neutral_and_different():

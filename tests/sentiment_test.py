@@ -1,5 +1,6 @@
 """Sentiment classifiers: laws of n-grams, an optimum by hand, honest halves."""
 
+import functools
 import gzip
 import io
 import json
@@ -155,11 +156,79 @@ def test_texts_that_look_the_same_are_of_one_half():
   ]
 
 
-def test_what_is_no_classifier_says_so(tmp_path):
-  (tmp_path / 'x.npz').write_bytes(b'PK not much')
-  for name in ('x.npz', 'none.npz'):
-    with pytest.raises(ValueError, match='is no sentiment classifier'):
-      rewards.get(f'sentiment:{tmp_path / name}')
+def cut(data, size):
+  return data[: int(size * len(data)) if 0 < size < 1 else size]
+
+
+def flipped(data, place):
+  return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize(
+  'damaged',
+  [
+    *(functools.partial(cut, size=size) for size in (0, 3, 100, 0.5, -5)),
+    lambda data: flipped(data, len(data) // 2),  # within the numbers
+    # In the directory of the archive: encrypted; compressed in another way.
+    lambda data: flipped(data, data.rindex(b'PK\1\2') + 8),
+    lambda data: flipped(data, data.rindex(b'PK\1\2') + 10),
+  ],
+)
+def test_a_damaged_classifier_says_so_in_a_line(tmp_path, damaged):
+  weights = np.random.default_rng(0).normal(size=256).astype(np.float32)
+  path = tmp_path / 'x.npz'
+  sentiment.Classifier('words', weights, 0.5, {}).save(path)
+  assert [p.name for p in tmp_path.iterdir()] == ['x.npz']
+  path.write_bytes(damaged(path.read_bytes()))
+  assert_is_none(path)
+
+
+ABOUT = {'kind': 'words', 'bias': 0.5, 'about': {}}
+
+
+@pytest.mark.parametrize(
+  'settings, shape',
+  [
+    ([1], 8),
+    ({'kind': 'words'}, 8),
+    (ABOUT | {'kind': 'letters'}, 8),
+    (ABOUT, 9),
+    (ABOUT, (8, 2)),
+  ],
+)
+def test_what_is_laid_out_as_a_classifier_may_be_none(
+  tmp_path, settings, shape
+):
+  path = tmp_path / 'x.npz'
+  np.savez(path, settings=json.dumps(settings), weights=np.zeros(shape))
+  assert_is_none(path)
+
+
+def assert_is_none(path):
+  with pytest.raises(ValueError, match='is no sentiment classifier') as caught:
+    rewards.get(f'sentiment:{path}')
+  assert '\n' not in str(caught.value)
+
+
+def test_a_classifier_that_is_not_there_is_none(tmp_path):
+  with pytest.raises(ValueError, match=r'is no sentiment classifier .*No such'):
+    rewards.get(f'sentiment:{tmp_path / "none.npz"}')
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / 'x.npz'
+  old = sentiment.Classifier('words', np.zeros(8, np.float32), 0.5, {})
+  old.save(path)
+
+  def full(file, **_):
+    file.write(b'PK')
+    raise OSError('No space left on device')
+
+  monkeypatch.setattr(np, 'savez_compressed', full)
+  with pytest.raises(OSError, match='No space left'):
+    old.save(path)
+  assert sentiment.load(path).bias == 0.5
+  assert [p.name for p in tmp_path.iterdir()] == ['x.npz']
 
 
 def test_no_reviews_are_one_clear_line(tmp_path):

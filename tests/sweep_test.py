@@ -84,6 +84,21 @@ def test_values_are_read_by_the_type_of_their_key():
 
 
 @pytest.mark.parametrize(
+  'text, values',
+  [
+    ('1,2', ['1', '2']),
+    ('(1,(2,3)),4', ['(1,(2,3))', '4']),
+    ('((1,2),3),[{4,5},6],', ['((1,2),3)', '[{4,5},6]', '']),
+    ('a),b,:(,c', ['a)', 'b', ':(,c']),  # what is never closed goes on
+  ],
+)
+def test_commas_within_brackets_are_kept(text, values):
+  problems = []
+  assert grids.read([f'x={text}'], problems) == {'x': values}
+  assert problems == []
+
+
+@pytest.mark.parametrize(
   'config, verb',
   [('ppo', 'ppo'), ('quickstart', 'online'), ('sft', 'train')],
 )
@@ -164,6 +179,8 @@ ON_POLICY = 'configs/ppo.py:debug'
     (CONFIG, 'samples.cost=digts', "did you mean 'digits'"),
     (CONFIG, 'adapter.kind=lora', 'behind the colon'),
     (ON_POLICY, 'reward.name=vadr', "did you mean 'vader'"),
+    (ON_POLICY, 'reward.name=python:nodot', 'write python:MODULE.FUNCTION'),
+    (ON_POLICY, 'reward.name=model:X@nonsense', 'is no checkpoint'),
     (ON_POLICY, 'reward.normalize=x', 'unknown reward.normalize'),
     (ON_POLICY, 'kl.estimator=k2', 'unknown kl.estimator'),
     (ON_POLICY, 'kl.coef=-1', 'kl.coef is -1.0; use 0 or more'),
