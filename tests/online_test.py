@@ -10,7 +10,6 @@ import pytest
 from configs import constrained
 from configs import quickstart
 from dpo_jax import constraints
-from dpo_jax import evaluators
 from dpo_jax import metrics
 from dpo_jax import online
 from dpo_jax import processes
@@ -490,7 +489,7 @@ def test_a_sigterm_ends_the_rounds_wherever_it_comes_and_loses_nothing(
   fake = types.SimpleNamespace
   preempted(online, 'train', fake(train=train_and_signal))
   assert not second.exists()
-  preempted(evaluators, 'sampling', fake(generate=generate_and_signal))
+  preempted(sampling, 'generate', generate_and_signal)
   assert not second.exists()
   what = preempted(metrics.Writer, 'write', write_and_signal)
   assert 'SIGTERM after step 0 of 1' in what
