@@ -7,7 +7,6 @@ data are read. The rows are those of groups of given lengths, by default the
 longest that the config allows.
 """
 
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -261,10 +260,12 @@ def _of_ppo(config, mesh, lengths):
     # It was most likely trained from the same model.
     learned = {'reward model': (_abstract_copy(policy), policy.base)}
   at_once = config.rollout.batch_size
-  # Samples are computed with weights of the dtype of the computation, gathered.
+  # Samples are computed with copies: cast and gathered, layers apart.
   how = evaluators.how_to_sample(policy.config, variables)
-  computed = sampling.prepared(policy.config, variables, **how)
-  kept = {} if _same(computed, (variables, None)) else weights
+  computed, layers = sampling.prepared(policy.config, variables, **how)
+  copies, kept = {'copies': (computed, layers)}, weights
+  if sampling.same(computed, variables):
+    copies, kept = weights | {'copies': layers}, {}
   programs = (
     Program(
       name='sampling',
@@ -287,7 +288,7 @@ def _of_ppo(config, mesh, lengths):
         batch_size=at_once,
         **how,
       ),
-      given={'cast': computed} if kept else weights,
+      given=copies,
       beside=kept | optimizer | {'reference': reference} | learned,
       batch=_prefilled(sampling.prompt_slots(prompt), at_once),
       accumulate=1,
@@ -362,15 +363,6 @@ def head_turns(batch, parts, chunk):
 def _head_turns(config, batch, mesh, *, parts):
   parts *= sharding.row_shards(mesh)
   return {logps.SCOPE: head_turns(batch, parts, runs.head_chunk(config))}
-
-
-def _same(tree, other):
-  """Whether two trees of placed shapes are of the same arrays."""
-  sides = (
-    [(x.dtype, x.sharding) for x in jax.tree.leaves(side)]
-    for side in (tree, other)
-  )
-  return operator.eq(*sides)
 
 
 def _within(mesh, lower, *args, **keywords):

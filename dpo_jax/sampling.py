@@ -21,6 +21,7 @@ V vocabulary.
 
 import dataclasses
 import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -103,9 +104,9 @@ def generate(
     'ended': np.zeros(num, bool),
     'token_logps': np.zeros(shape, np.float32),
   }
-  variables = jax.jit(_cast, static_argnums=0, out_shardings=places)(
-    config, variables
-  )
+  if not same(prepared(config, variables, places=places)[0], variables):
+    cast = jax.jit(_cast, static_argnums=0, out_shardings=places)
+    variables = cast(config, variables)
   if apart is None:
     (platform,) = {
       device.platform
@@ -180,6 +181,15 @@ def prepared(config, variables, *, places=None, apart=False):
     places,
   )
   return cast, decoding.apart_shapes(config, cast) if apart else None
+
+
+def same(tree, other):
+  """Whether two trees, of arrays or placed shapes, can be the same arrays."""
+  sides = (
+    [(x.dtype, x.sharding) for x in jax.tree.leaves(side)]
+    for side in (tree, other)
+  )
+  return operator.eq(*sides)
 
 
 def lower(

@@ -210,8 +210,9 @@ def gathered(tree):
   """
 
   def whole(x):
-    if not isinstance(x.sharding, NamedSharding):
-      return x.sharding
+    where = x.sharding
+    if not isinstance(where, NamedSharding) or where.mesh.shape['fsdp'] == 1:
+      return where
     axes = [None if axis == 'fsdp' else axis for axis in x.sharding.spec]
     return NamedSharding(x.sharding.mesh, PartitionSpec(*axes))
 

@@ -232,7 +232,7 @@ def test_a_proof_of_ppo_adds_up(cpu_slice):
       assert program.place[name] == pytest.approx(copies * share, rel=2e-3)
   # What the compiler says, and what lies there besides: samples are computed
   # with a copy that is whole.
-  assert 8 * share < sampling_.place['cast'] < 16 * share  # and layers apart
+  assert 8 * share < sampling_.place['copies'] < 16 * share  # and layers apart
   assert sampling_.needed - GIB == pytest.approx(5 * share, rel=2e-3)
   assert observe.needed - GIB == pytest.approx(3 * share, rel=2e-3)
   assert update.needed - GIB == pytest.approx(2 * share, rel=2e-3)

@@ -173,6 +173,14 @@ def test_layers_in_a_stack_give_the_samples_of_layers_apart():
   np.testing.assert_allclose(stacked.token_logps, apart.token_logps, atol=1e-5)
 
 
+def test_weights_that_are_as_they_are_computed_with_are_not_copied():
+  variables = {'params': random_params('llama')}
+  for dtype, copied in [('float32', False), ('bfloat16', True)]:
+    config = dataclasses.replace(FAMILIES['llama'], dtype=dtype)
+    computed, _ = sampling.prepared(config, variables)
+    assert sampling.same(computed, variables) != copied
+
+
 def test_a_longer_budget_only_appends():
   short, long = sample('llama'), sample('llama', max_new_tokens=9)
   np.testing.assert_array_equal(short.tokens, long.tokens[:, :6])
