@@ -125,20 +125,26 @@ def _say_once(message):
 def dense(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT, *, scale, cap):
   """The plain form, with all scores at once."""
   B, T, N, H = query_BTNH.shape
-  S, K = key_BSKH.shape[1:3]
+  K = key_BSKH.shape[2]
   query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
   scores_BKGTS = attention_blocks.product(
     'BTKGH,BSKH->BKGTS', query_BTKGH, key_BSKH
   )
-  scores_BKGTS = soft_cap(scores_BKGTS * scale, cap)
-  slot_S = jnp.arange(S)
-  visible_BTS = (slot_S >= lo_BT[..., None]) & (slot_S < hi_BT[..., None])
-  scores_BKGTS = jnp.where(
-    visible_BTS[:, None, None], scores_BKGTS, attention_blocks.MASKED
+  weights_BKGTS = _weights(scores_BKGTS, lo_BT, hi_BT, scale=scale, cap=cap)
+  out_BTKGH = jnp.einsum(
+    'BKGTS,BSKH->BTKGH', weights_BKGTS.astype(value_BSKH.dtype), value_BSKH
   )
-  weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
-  out_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, value_BSKH)
   return out_BTKGH.reshape(B, T, N, H)
+
+
+def _weights(scores, lo_BT, hi_BT, *, scale, cap):
+  """Returns the softmax of products [B, heads..., T, S] over the intervals."""
+  scores = soft_cap(scores * scale, cap)
+  slot_S = jnp.arange(scores.shape[-1])
+  visible_BTS = (slot_S >= lo_BT[..., None]) & (slot_S < hi_BT[..., None])
+  visible = jnp.expand_dims(visible_BTS, range(1, scores.ndim - 2))
+  scores = jnp.where(visible, scores, attention_blocks.MASKED)
+  return jax.nn.softmax(scores, axis=-1)
 
 
 def one_query(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT, *, scale, cap):
@@ -148,21 +154,18 @@ def one_query(query_BTNH, key_BSKH, value_BSKH, lo_BT, hi_BT, *, scale, cap):
   half of its lanes empty. So every query head has a column with zeros at the
   other key heads: K times the work, which is still less than reading the keys.
   """
-  _, _, N, _ = query_BTNH.shape
-  S, K = key_BSKH.shape[1:3]
+  N, K = query_BTNH.shape[2], key_BSKH.shape[2]
   own_KN = jnp.repeat(jnp.eye(K, dtype=bool), N // K, axis=1)
   query_BKHN = jnp.where(
     own_KN[:, None], jnp.moveaxis(query_BTNH[:, 0], 1, -1)[:, None], 0
   )
   scores_BNS = attention_blocks.product('BKHN,BSKH->BNS', query_BKHN, key_BSKH)
-  scores_BNS = soft_cap(scores_BNS * scale, cap)
-  slot_S = jnp.arange(S)
-  visible_BS = (slot_S >= lo_BT) & (slot_S < hi_BT)
-  scores_BNS = jnp.where(
-    visible_BS[:, None], scores_BNS, attention_blocks.MASKED
+  weights_BN1S = _weights(
+    scores_BNS[:, :, None], lo_BT, hi_BT, scale=scale, cap=cap
   )
-  weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(value_BSKH.dtype)
-  out_BNKH = jnp.einsum('BNS,BSKH->BNKH', weights_BNS, value_BSKH)
+  out_BNKH = jnp.einsum(
+    'BNS,BSKH->BNKH', weights_BN1S[:, :, 0].astype(value_BSKH.dtype), value_BSKH
+  )
   own_NK1 = own_KN.T[..., None]
   return jnp.sum(jnp.where(own_NK1, out_BNKH, 0), axis=2)[:, None]
 

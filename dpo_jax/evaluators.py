@@ -161,8 +161,7 @@ def how_to_sample(model_config, variables):
     model_config: of the policy.
     variables: see `sampling.generate`; arrays or placed shapes.
   """
-  shapes, _ = sampling.prepared(model_config, variables)
-  places = sharding.gathered(shapes)
+  places = sharding.gathered(variables)
   whole, _ = sampling.prepared(model_config, variables, places=places)
   devices = list(jax.tree.leaves(whole)[0].sharding.device_set)
   memory = processes.agreed(topologies.memory(devices))
@@ -173,9 +172,8 @@ def how_to_sample(model_config, variables):
     return model_config.gather_share > 0 and needed <= room
 
   if not fits(1):
-    places = jax.tree.map(lambda x: x.sharding, shapes)
-  faster = devices[0].platform in decoding.PLATFORMS
-  return {'places': places, 'apart': faster and fits(2)}
+    places = jax.tree.map(lambda x: x.sharding, variables)
+  return {'places': places, 'apart': decoding.pays(variables) and fits(2)}
 
 
 def sample(

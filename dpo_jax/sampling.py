@@ -105,17 +105,10 @@ def generate(
     'token_logps': np.zeros(shape, np.float32),
   }
   if not same(prepared(config, variables, places=places)[0], variables):
-    cast = jax.jit(_cast, static_argnums=0, out_shardings=places)
-    variables = cast(config, variables)
-  if apart is None:
-    (platform,) = {
-      device.platform
-      for leaf in jax.tree.leaves(variables)
-      for device in leaf.sharding.device_set
-    }
-    apart = platform in decoding.PLATFORMS
+    cast = jax.jit(transformer.cast, static_argnums=1, out_shardings=places)
+    variables = cast(variables, config.dtype)
   layers = None
-  if apart:
+  if decoding.pays(variables) if apart is None else apart:
     shapes = decoding.apart_shapes(config, variables)
     layers = jax.jit(
       decoding.apart,
@@ -172,7 +165,9 @@ def prepared(config, variables, *, places=None, apart=False):
 
   (variables that are cast, layers apart or None), see `generate`.
   """
-  cast = jax.eval_shape(functools.partial(_cast, config), variables)
+  cast = jax.eval_shape(
+    functools.partial(transformer.cast, dtype=config.dtype), variables
+  )
   if places is None:
     places = jax.tree.map(lambda x: x.sharding, variables)
   cast = jax.tree.map(
@@ -254,10 +249,6 @@ def _check(config, lengths, max_new_tokens, temperature, top_p, batch_size):
       f' {config.max_positions} positions; shorten the prompt or use'
       f' max_new_tokens <= {config.max_positions - int(lengths.max())}'
     )
-
-
-def _cast(config, variables):
-  return transformer.cast(variables, config.dtype)
 
 
 @functools.partial(

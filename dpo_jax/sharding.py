@@ -213,8 +213,8 @@ def gathered(tree):
     where = x.sharding
     if not isinstance(where, NamedSharding) or where.mesh.shape['fsdp'] == 1:
       return where
-    axes = [None if axis == 'fsdp' else axis for axis in x.sharding.spec]
-    return NamedSharding(x.sharding.mesh, PartitionSpec(*axes))
+    axes = [None if axis == 'fsdp' else axis for axis in where.spec]
+    return NamedSharding(where.mesh, PartitionSpec(*axes))
 
   return jax.tree.map(whole, tree)
 

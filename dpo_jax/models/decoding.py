@@ -27,6 +27,12 @@ from dpo_jax.models import transformer
 PLATFORMS = ('cpu', 'tpu')
 
 
+def pays(variables):
+  """Returns whether that is so where arrays, or placed shapes, are."""
+  leaf = jax.tree.leaves(variables)[0]
+  return next(iter(leaf.sharding.device_set)).platform in PLATFORMS
+
+
 def apart(config, variables):
   """Returns what `Transformer.apply` takes, for every layer alone (a list).
 
